@@ -1,0 +1,1 @@
+"""How codebooks are found."""

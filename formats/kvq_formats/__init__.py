@@ -1,0 +1,1 @@
+"""What a quantized cache is: configuration, codec, packed pages, sidecar files."""

@@ -1,0 +1,1 @@
+"""How packed numbers become attention: Triton kernels and their references."""

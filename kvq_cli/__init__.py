@@ -1,0 +1,1 @@
+"""Who talks to people: the kvq command line."""

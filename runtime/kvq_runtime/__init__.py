@@ -1,0 +1,1 @@
+"""How a transformers model uses a quantized cache."""
