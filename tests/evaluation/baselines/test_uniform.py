@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvq_evaluation.baselines import uniform
+
+HALF_U = 2.0**-11
+"""Unit roundoff of fp16."""
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), bits=st.integers(1, 8), width=st.floats(0.01, 100))
+def test_error_is_half_a_step(seed: int, bits: int, width: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(3, 5, 32, generator=generator) + 1.0) * width
+    decoded = uniform.round_trip(x, bits=bits)
+    lower, upper = x.amin(-1), x.amax(-1)
+    step = (upper - lower) / (2**bits - 1)
+    # Half a step, and what fp16 moves the zero and the last entry by: an upper end that moved
+    # inwards is clamped to the last code.
+    allowed = step / 2 * (1 + HALF_U) + HALF_U * (lower.abs() + (upper - lower)) + 1e-6 * width
+    assert ((decoded - x).abs().amax(-1) <= allowed).all()
+
+
+def test_every_code_is_used_and_no_more() -> None:
+    x = torch.linspace(-2, 5, 1000)[None]
+    assert len(uniform.round_trip(x, bits=3).unique()) == 8
+
+
+def test_groups_do_not_meet() -> None:
+    x = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, 100.0, 200.0, 300.0]])
+    decoded = uniform.round_trip(x, bits=2)
+    # A step of 1 and of 100 are fp16 numbers, so four codes hold four numbers exactly.
+    assert torch.equal(decoded, x)
+
+
+def test_a_constant_group_stays() -> None:
+    x = torch.full((2, 8), 0.75)
+    assert torch.equal(uniform.round_trip(x, bits=2), x)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group", [64, 128, 512])
+def test_bits_are_counted_from_bytes(bits: int, group: int) -> None:
+    counted = uniform.effective_bits(bits=bits, group=group, sink_tokens=1, tokens=None)
+    assert counted == bits + 32 / group
+    with_sink = uniform.effective_bits(bits=bits, group=group, sink_tokens=1, tokens=1000)
+    assert with_sink == pytest.approx((999 * counted + 16) / 1000)
+
+
+def test_an_odd_group_pays_for_its_last_byte() -> None:
+    # 3 x 10 bits take 4 bytes, scale and zero 4 more: 64 bits for 10 numbers.
+    assert uniform.effective_bits(bits=3, group=10, sink_tokens=0, tokens=None) == 6.4
