@@ -1,0 +1,68 @@
+# Everything sets itself up on first use: Python 3.11 or newer and make are all it takes.
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; \
+	done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.kvq-ready
+# Arguments for pytest, e.g. make test PYTEST_ARGS='tests/formats -x'
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test lint format types contracts docs check bench-kmeans bench-accuracy clean
+
+help:
+	@echo "make demo         calibrate the built-in model, evaluate it, print the table (offline)"
+	@echo "make test         run the tests"
+	@echo "make check        lint, import contracts and types"
+	@echo "make format       let ruff format the code"
+	@echo "make docs         write docs/cli.md anew from the commands"
+	@echo "make bench-kmeans measure the codebook solver against scikit-learn"
+	@echo "make clean        remove the virtual environment and all caches"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { \
+		echo "kvq needs Python 3.11 or newer; none was found. Name one: make PYTHON=/path/to/python3" >&2; \
+		exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || { \
+		echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo 'Setting up $(VENV): downloads torch and friends, once; takes minutes.'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/kvq demo
+
+test: $(READY)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+contracts: $(READY)
+	$(BIN)/lint-imports
+
+types: $(READY)
+	$(BIN)/mypy
+
+check: lint contracts types
+
+docs: $(READY)
+	$(BIN)/python scripts/generate_cli_docs.py
+
+bench-kmeans: $(READY)
+	$(BIN)/python benchmarks/kmeans.py
+
+bench-accuracy: $(READY)
+	$(BIN)/python benchmarks/accuracy.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
