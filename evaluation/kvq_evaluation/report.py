@@ -159,10 +159,10 @@ def caption(rows: Sequence[EvaluationRow]) -> str:
     if not rows:
         return ""
     row = rows[0]
-    extent = f"{row.windows} windows, {row.tokens:,} tokens scored"
+    extent = f"{row.windows} window" + ("" if row.windows == 1 else "s")
     if row.partial:
-        extent = f"partial: {row.windows} windows of {row.windows_available}, {row.tokens:,} tokens"
-    return f"{row.dataset}: {extent}"
+        extent = f"partial: {extent} of {row.windows_available}"
+    return f"{row.dataset}: {extent}, {row.tokens:,} tokens scored"
 
 
 def with_error(mean: float, stderr: float | None, *, digits: int = 3) -> str:

@@ -76,7 +76,7 @@ def test_variants_are_measured_against_the_unquantized_model(tiny_llama: LlamaFo
     assert flat.kl.tolist() == pytest.approx(against_flat.tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 8])
+@pytest.mark.parametrize("batch_size", [2, 8])
 def test_batches_change_nothing(tiny_llama: LlamaForCausalLM, batch_size: int) -> None:
     # A short last window has a batch to itself.
     windows = [*random_windows(5, 50), random_windows(1, 17)[0]]

@@ -1,0 +1,94 @@
+"""Result files: a CSV that says which weights, versions and commit it came from."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import nn
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SECONDS_BETWEEN_LINES = 10
+
+
+def provenance(model: nn.Module, *, name: str, seq_len: int) -> dict[str, object]:
+    """Columns that every row starts with; ``weights`` is a digest of all parameters."""
+    digest = hashlib.sha256()
+    for key, parameter in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
+    first = next(model.parameters())
+    return {
+        "model": name,
+        "weights": digest.hexdigest()[:12],
+        "device": first.device.type,
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "seq_len": seq_len,
+        "kvq": version("kvq"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """Short hash of the checkout, ``+`` behind it where tracked files differ from it."""
+    head, changed = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "-uno")
+    return (head or "unknown") + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; nothing where there is no git or no checkout."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows of equal columns under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _cell(value: object) -> object:
+    return f"{value:.7g}" if isinstance(value, float) else value
+
+
+class PlainProgress:
+    """A line on stderr at the beginning of a stage and every ten seconds."""
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:
+        """Yield a callable that marks one step as done."""
+        begun = said = time.monotonic()
+        done = 0
+
+        def advance() -> None:
+            nonlocal done, said
+            done += 1
+            now = time.monotonic()
+            if now - said >= SECONDS_BETWEEN_LINES or done == total:
+                said = now
+                print(f"{name} {done}/{total} {now - begun:.0f} s", file=sys.stderr)
+
+        yield advance

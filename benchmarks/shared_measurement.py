@@ -1,0 +1,58 @@
+"""Calibrate many configurations of one model from few measurements of it.
+
+What ``pipeline.calibrate`` measures depends on sensitivity, outlier fraction, sinks and value grain
+only; codebooks of any width, Q-Norm and capacities follow from the same histograms. The sidecars
+are those that ``calibrate`` returns, one by one, in a fraction of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from kvq_calibration.pipeline import find_thresholds, fit_layer, measure_points
+from kvq_formats.config import KVQConfig
+from kvq_formats.progress import Progress
+from kvq_formats.records import BaseModelRecord, CalibrationRecord
+from kvq_formats.sidecar import Sidecar
+from kvq_runtime.models import quantized_layers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Key = tuple[str, float, int, str]
+
+
+def calibrate_all(
+    model: PreTrainedModel,
+    windows: Tensor,
+    configs: Mapping[str, KVQConfig],
+    *,
+    base_model: BaseModelRecord,
+    calibration: CalibrationRecord,
+    progress: Progress,
+) -> dict[str, Sidecar]:
+    """A sidecar for each configuration, by its name; windows are int64 ``[S, T]``."""
+    sidecars: dict[str, Sidecar] = {}
+    layers = quantized_layers(model.config)
+    for names in _groups(configs):
+        first = configs[names[0]]
+        thresholds = find_thresholds(model, windows, first, layers, batch_size=1, progress=progress)
+        points = measure_points(model, windows, first, thresholds, batch_size=1, progress=progress)
+        for name in names:
+            fitted = {i: fit_layer(points[i], thresholds[i], configs[name]) for i in layers}
+            sidecars[name] = Sidecar(
+                config=configs[name],
+                base_model=base_model,
+                calibration=calibration,
+                layers={i: parameters for i, (parameters, _) in fitted.items()},
+                statistics={i: statistics for i, (_, statistics) in fitted.items()},
+            )
+    return {name: sidecars[name] for name in configs}
+
+
+def _groups(configs: Mapping[str, KVQConfig]) -> Iterator[list[str]]:
+    """Names of configurations that measure the same."""
+    groups: dict[Key, list[str]] = {}
+    for name, config in configs.items():
+        key = (config.sensitivity, config.outlier_fraction, config.sink_tokens, config.value_grain)
+        groups.setdefault(key, []).append(name)
+    yield from groups.values()

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from kvq_calibration.pipeline import calibrate
+from kvq_evaluation.perplexity import UNQUANTIZED
+from kvq_evaluation.report import (
+    HEADERS,
+    SCHEMA,
+    EvaluationRow,
+    evaluate_sidecars,
+    sidecar_bits,
+    table,
+    to_json,
+)
+from kvq_evaluation.statistics import WindowMetrics
+from kvq_formats.config import KVQConfig
+from kvq_formats.errors import FingerprintMismatchError
+from kvq_formats.fingerprint import Fingerprint
+from kvq_formats.records import BaseModelRecord, CalibrationRecord
+from kvq_formats.sidecar import Sidecar
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+
+def random_windows(count: int, length: int, *, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(320, (count, length), generator=generator)
+
+
+def make_sidecar(model: LlamaForCausalLM, *, bits: int) -> Sidecar:
+    fingerprint = Fingerprint.from_config(model.config.to_dict())
+    return calibrate(
+        model,
+        random_windows(2, 128, seed=3),
+        KVQConfig(key_bits=bits, value_bits=bits),
+        base_model=BaseModelRecord(id="tiny", revision=None, fingerprint=fingerprint),
+        calibration=CalibrationRecord(
+            dataset="random", revision=None, num_samples=2, seq_len=128, seed=3, token_sha256="0"
+        ),
+    )
+
+
+def with_garbage_codebooks(sidecar: Sidecar) -> Sidecar:
+    """Codes decode to the number on the other side of the centre."""
+    layers = {}
+    for index, layer in sidecar.layers.items():
+        key, value = (
+            replace(part, codebook=replace(part.codebook, levels=part.codebook.levels.flip(0)))
+            for part in (layer.key, layer.value)
+        )
+        layers[index] = replace(layer, key=key, value=value)
+    return replace(sidecar, layers=layers)
+
+
+def metrics(name: str, nll: list[float], kl: list[float]) -> WindowMetrics:
+    scores = [(10, n, k, 9) for n, k in zip(nll, kl, strict=True)]
+    return WindowMetrics.from_scores(name, scores)
+
+
+def two_rows(*, windows_available: int | None = None, windows: int = 2) -> list[EvaluationRow]:
+    reference = metrics(UNQUANTIZED, [20.0, 24.0][:windows], [0.0, 0.0][:windows])
+    variant = metrics("3 bit", [21.0, 25.5][:windows], [0.5, 0.7][:windows])
+    return [
+        EvaluationRow.from_metrics(
+            m,
+            reference=reference,
+            dataset="text",
+            effective_bits=bits,
+            effective_bits_total=bits + 0.1,
+            windows_available=windows_available,
+        )
+        for m, bits in ((reference, 16.0), (variant, 3.44))
+    ]
+
+
+def test_rows_hold_what_the_windows_say() -> None:
+    reference, row = two_rows()
+    assert reference.perplexity_increase == 0
+    assert reference.perplexity_increase_stderr == pytest.approx(0, abs=1e-12)
+    assert row.perplexity == pytest.approx(torch.tensor(46.5 / 20).exp().item())
+    assert row.perplexity_increase == pytest.approx(row.perplexity - reference.perplexity)
+    assert row.kl == pytest.approx(0.06)
+    assert row.agreement == pytest.approx(0.9)
+    assert (row.windows, row.tokens, row.path, row.partial) == (2, 20, "prefill", False)
+
+
+def test_json_is_plain_and_complete() -> None:
+    document = json.loads(json.dumps(to_json(two_rows(windows_available=7)), allow_nan=False))
+    assert document["schema"] == SCHEMA
+    assert [row["name"] for row in document["rows"]] == [UNQUANTIZED, "3 bit"]
+    row = document["rows"][1]
+    assert row["partial"] is True
+    assert row["path"] == "prefill"
+    assert row["per_window"] == {
+        "tokens": [10, 10],
+        "nll": [21.0, 25.5],
+        "kl": [0.5, 0.7],
+        "agreement": [9, 9],
+    }
+    fields = set(EvaluationRow.__dataclass_fields__) - {"metrics"}
+    assert set(row) == fields | {"partial", "per_window"}
+
+
+def test_table_cells() -> None:
+    drawn = table(two_rows())
+    assert drawn.headers == HEADERS
+    assert drawn.rows[0] == (UNQUANTIZED, "16.00", "9.025 ± 1.805", "", "", "90.00 %", "prefill")
+    assert drawn.rows[1][:2] == ("3 bit", "3.44")
+    assert drawn.rows[1][4] == "0.06000 ± 0.01000"
+    assert drawn.caption == "text: 2 windows, 20 tokens scored"
+
+
+def test_a_partial_result_says_so() -> None:
+    assert table(two_rows(windows_available=7)).caption.startswith("text: partial: 2 windows of 7")
+
+
+def test_one_window_shows_no_error() -> None:
+    drawn = table(two_rows(windows=1))
+    assert drawn.rows[1][4] == "0.05000"
+    assert to_json(two_rows(windows=1))["rows"][1]["kl_stderr"] is None
+    assert drawn.caption == "text: 1 window, 10 tokens scored"
+
+
+def test_no_rows_no_caption() -> None:
+    assert table([]).rows == ()
+    assert table([]).caption == ""
+
+
+def test_sidecars_are_measured(tiny_llama: LlamaForCausalLM) -> None:
+    four, two = make_sidecar(tiny_llama, bits=4), make_sidecar(tiny_llama, bits=2)
+    # More than four pages, so that complete and incomplete pages take part.
+    rows = evaluate_sidecars(
+        tiny_llama,
+        random_windows(1, 1100, seed=4)[:, :1024],
+        {"four": four, "two": two, "garbage": with_garbage_codebooks(four)},
+        dataset="random",
+    )
+    assert [row.name for row in rows] == [UNQUANTIZED, "four", "two", "garbage"]
+    unquantized, by_four, by_two, garbage = rows
+    assert unquantized.kl == 0
+    assert unquantized.effective_bits == 32
+    assert 0 < by_four.kl < by_two.kl < garbage.kl
+    assert by_four.agreement > garbage.agreement
+    assert (by_four.effective_bits, by_four.effective_bits_total) == sidecar_bits(four, tokens=1024)
+    assert by_two.effective_bits < by_four.effective_bits < by_four.effective_bits_total
+
+
+def test_a_sidecar_of_another_model_is_refused(tiny_llama: LlamaForCausalLM) -> None:
+    sidecar = make_sidecar(tiny_llama, bits=4)
+    record = sidecar.base_model
+    other = record.fingerprint.model_copy(update={"num_kv_heads": 4})
+    moved = replace(sidecar, base_model=record.model_copy(update={"fingerprint": other}))
+    with pytest.raises(FingerprintMismatchError):
+        evaluate_sidecars(
+            tiny_llama, random_windows(1, 40, seed=4), {"moved": moved}, dataset="random"
+        )
