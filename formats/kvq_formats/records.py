@@ -1,0 +1,50 @@
+"""Where a sidecar comes from: the model that was measured and the text it was measured on."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from kvq_formats.fingerprint import Fingerprint
+
+
+class BaseModelRecord(BaseModel):
+    """The model that a sidecar belongs to.
+
+    Fields:
+        id: what a user types to get the model again: a Hub id, or the absolute path of a local
+            folder.
+        revision: commit sha on the Hub; None for a local folder.
+        fingerprint: what must agree before the sidecar may be used.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    revision: str | None
+    fingerprint: Fingerprint
+
+    @property
+    def name(self) -> str:
+        """The last part of the id, fit for a folder's name."""
+        return self.id.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "model"
+
+
+class CalibrationRecord(BaseModel):
+    """The text that a model was measured on.
+
+    Fields:
+        dataset: its name, as given.
+        revision: commit sha of a Hub data set; None for local or bundled text.
+        num_samples, seq_len: windows, and tokens a window.
+        seed: that chose the windows.
+        token_sha256: of the token ids, so that the same text can be recognised.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    revision: str | None
+    num_samples: int
+    seq_len: int
+    seed: int
+    token_sha256: str

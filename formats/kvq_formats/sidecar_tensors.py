@@ -1,0 +1,171 @@
+"""The numbers of a sidecar: layers to named tensors and back, and every check on the way back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvq_formats.codebook import Codebook
+from kvq_formats.config import KVQConfig
+from kvq_formats.fingerprint import Fingerprint
+from kvq_formats.parameters import KeyParameters, LayerParameters, ValueParameters
+
+KEY_TENSORS = ("center", "half_range")
+CODEBOOK_TENSORS = (
+    "codebook",
+    "codebook_levels",
+    "codebook_offset",
+    "codebook_step",
+    "outlier_step",
+    "qnorm_scale",
+    "qnorm_shift",
+)
+
+
+class DamagedTensorsError(ValueError):
+    """Tensors that no calibration can have written; the text says which and why."""
+
+
+def layer_tensors(layers: Mapping[int, LayerParameters]) -> dict[str, Tensor]:
+    """Named tensors of format 1, contiguous, on the CPU: f32, but u8 for ``codebook_levels``."""
+    tensors: dict[str, Tensor] = {}
+    for layer_idx, layer in sorted(layers.items()):
+        key = f"layers.{layer_idx}.key."
+        tensors[key + "center"] = _f32(layer.key.center)
+        tensors[key + "half_range"] = _f32(layer.key.half_range)
+        _add_codebook(tensors, key, layer.key.codebook, layer.key.outlier_step)
+        value = f"layers.{layer_idx}.value."
+        _add_codebook(tensors, value, layer.value.codebook, layer.value.outlier_step)
+    return tensors
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Hash over the tensors by name: a line ``name dtype [shape]``, then the bytes.
+
+    The dtype is safetensors' word (F32, U8), the shape is written as JSON without spaces.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        dtype = "U8" if tensor.dtype == torch.uint8 else "F32"
+        shape = ",".join(str(size) for size in tensor.shape)
+        digest.update(f"{name} {dtype} [{shape}]\n".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def layers_from_tensors(
+    tensors: Mapping[str, Tensor], config: KVQConfig, fingerprint: Fingerprint
+) -> dict[int, LayerParameters]:
+    """Parameters of each layer; raises DamagedTensorsError where they cannot be right.
+
+    Checked: names (all of a layer, none besides), dtypes, shapes (``[H, D]`` of the fingerprint,
+    ``[N]`` of the widths), finite numbers, ``half_range`` > 0, entries strictly increasing, levels
+    not decreasing, steps > 0.
+    """
+    indices = _layer_indices(tensors, fingerprint)
+    H, D = fingerprint.num_kv_heads, fingerprint.head_dim
+    layers = {}
+    for layer_idx in indices:
+        key = f"layers.{layer_idx}.key."
+        center = _take(tensors, key + "center", (H, D))
+        half_range = _take(tensors, key + "half_range", (H, D))
+        if not (half_range > 0).all():
+            raise DamagedTensorsError(f"{key}half_range has an entry that is not positive")
+        key_codebook, key_step = _take_codebook(tensors, key, config.key_bits)
+        value = f"layers.{layer_idx}.value."
+        value_codebook, value_step = _take_codebook(tensors, value, config.value_bits)
+        layers[layer_idx] = LayerParameters(
+            key=KeyParameters(center, half_range, key_codebook, key_step),
+            value=ValueParameters(value_codebook, value_step),
+        )
+    return layers
+
+
+def _f32(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous()
+
+
+def _add_codebook(
+    tensors: dict[str, Tensor], prefix: str, codebook: Codebook, outlier_step: float
+) -> None:
+    tensors[prefix + "codebook"] = _f32(codebook.entries)
+    tensors[prefix + "codebook_levels"] = codebook.levels.to("cpu", torch.uint8).contiguous()
+    scalars = {
+        "codebook_offset": codebook.offset,
+        "codebook_step": codebook.step,
+        "outlier_step": outlier_step,
+        "qnorm_scale": codebook.qnorm_scale,
+        "qnorm_shift": codebook.qnorm_shift,
+    }
+    for name, number in scalars.items():
+        tensors[prefix + name] = torch.tensor([number], dtype=torch.float32)
+
+
+def _layer_indices(tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> list[int]:
+    indices = set()
+    for name in tensors:
+        parts = name.split(".")
+        if len(parts) != 4 or parts[0] != "layers" or not parts[1].isdecimal():
+            raise DamagedTensorsError(f"it has a tensor {name} that no sidecar has")
+        indices.add(int(parts[1]))
+    if not indices:
+        raise DamagedTensorsError("it holds no layer")
+    if max(indices) >= fingerprint.num_hidden_layers:
+        raise DamagedTensorsError(
+            f"it has a layer {max(indices)}, but the model has {fingerprint.num_hidden_layers}"
+        )
+    expected = {
+        f"layers.{layer_idx}.{part}"
+        for layer_idx in indices
+        for part in (
+            *(f"key.{name}" for name in KEY_TENSORS + CODEBOOK_TENSORS),
+            *(f"value.{name}" for name in CODEBOOK_TENSORS),
+        )
+    }
+    if missing := sorted(expected - set(tensors)):
+        raise DamagedTensorsError(f"its tensor {missing[0]} is missing")
+    if unknown := sorted(set(tensors) - expected):
+        raise DamagedTensorsError(f"it has a tensor {unknown[0]} that no sidecar has")
+    return sorted(indices)
+
+
+def _take(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    tensor = tensors[name]
+    if tensor.dtype != dtype or tensor.shape != shape:
+        raise DamagedTensorsError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype} {list(shape)}"
+        )
+    if not torch.isfinite(tensor).all():
+        raise DamagedTensorsError(f"{name} has an entry that is not finite")
+    return tensor
+
+
+def _take_codebook(tensors: Mapping[str, Tensor], prefix: str, bits: int) -> tuple[Codebook, float]:
+    N = 1 << bits
+    entries = _take(tensors, prefix + "codebook", (N,))
+    levels = _take(tensors, prefix + "codebook_levels", (N,), torch.uint8)
+    if not (entries[1:] > entries[:-1]).all():
+        raise DamagedTensorsError(f"{prefix}codebook does not increase from entry to entry")
+    if not (levels[1:] >= levels[:-1]).all():
+        raise DamagedTensorsError(f"{prefix}codebook_levels decreases")
+    scalars = {name: float(_take(tensors, prefix + name, (1,))) for name in CODEBOOK_TENSORS[2:]}
+    for name in ("codebook_step", "outlier_step"):
+        if scalars[name] <= 0:
+            raise DamagedTensorsError(f"{prefix}{name} is {scalars[name]:g}, expected more than 0")
+    codebook = Codebook(
+        entries=entries,
+        levels=levels,
+        offset=scalars["codebook_offset"],
+        step=scalars["codebook_step"],
+        qnorm_scale=scalars["qnorm_scale"],
+        qnorm_shift=scalars["qnorm_shift"],
+    )
+    return codebook, scalars["outlier_step"]
