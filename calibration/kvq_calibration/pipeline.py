@@ -1,0 +1,287 @@
+"""Calibration from end to end: windows of tokens in, a sidecar out.
+
+Two passes over the text. The first finds the thresholds of every key channel. The second finds the
+sensitivity of every key and value and drops each batch, weighted, into histograms of the normalised
+inliers, from which codebooks, Q-Norm and outlier steps are computed. What is held between batches
+grows neither with tokens nor with layers times tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvq_calibration import kmeans
+from kvq_calibration.capture import KeyValueTap, finite, run_decoder, token_rows
+from kvq_calibration.qnorm import fit_qnorm
+from kvq_calibration.residuals import OutlierHistogram, fit_outlier_step
+from kvq_calibration.sensitivity import LossScale, activation_gradients, backward
+from kvq_calibration.thresholds import ChannelQuantiles, center_and_half_range
+from kvq_formats import outliers
+from kvq_formats.codebook import Codebook
+from kvq_formats.config import KVQConfig
+from kvq_formats.errors import CalibrationError, DataError
+from kvq_formats.pages import value_thresholds
+from kvq_formats.parameters import (
+    KeyParameters,
+    LayerParameters,
+    LayerStatistics,
+    ValueParameters,
+)
+from kvq_formats.progress import Progress, SilentProgress
+from kvq_formats.records import BaseModelRecord, CalibrationRecord
+from kvq_formats.sidecar import Sidecar
+from kvq_runtime.models import quantized_layers
+from kvq_runtime.rope import tap_attention
+
+Thresholds = dict[int, tuple[Tensor, Tensor]]
+"""Layer index -> (center, half_range), f32 ``[H, D]``."""
+
+
+class NormalisedPoints:
+    """Histograms of the keys, or of the values, of one layer in normalised units."""
+
+    def __init__(self) -> None:
+        self.weighted = kmeans.WeightedBins()
+        self.counted = kmeans.WeightedBins()
+        self.outliers = OutlierHistogram()
+        self.entries = 0
+        self.outlier_entries = 0
+
+    def add(self, z: Tensor, is_outlier: Tensor, weight: Tensor | None) -> None:
+        """Take in points ``z`` f32 with their weights f32, or 1 each; all of one shape."""
+        z, is_outlier = z.cpu().flatten(), is_outlier.cpu().flatten()
+        weight = torch.ones_like(z) if weight is None else weight.cpu().flatten()
+        self.entries += z.numel()
+        self.outlier_entries += int(is_outlier.sum())
+        # A weight of 0 leaves a point out; it costs less than picking the others out.
+        self.weighted.add(z, weight.masked_fill(is_outlier, 0.0))
+        self.counted.add(z, (~is_outlier).to(z.dtype))
+        self.outliers.add(z[is_outlier], weight[is_outlier])
+
+    @property
+    def outlier_share(self) -> float:
+        """Share of the entries that lie outside the thresholds."""
+        return self.outlier_entries / max(self.entries, 1)
+
+    def fit(self, bits: int, config: KVQConfig) -> Codebook:
+        """The codebook, Q-Norm folded in if it is on, snapped to its grid."""
+        solver = {"exact": kmeans.fit_codebook, "sklearn": kmeans.fit_codebook_sklearn}
+        # No sensitivity at all (a layer that the loss does not reach): plain k-means.
+        bins = self.weighted if self.weighted.total_weight > 0 else self.counted
+        entries = solver[config.kmeans](bins, 1 << bits)
+        scale, shift = fit_qnorm(self.counted, entries) if config.qnorm else (1.0, 0.0)
+        return Codebook.fit_grid(entries, qnorm_scale=scale, qnorm_shift=shift)
+
+    def relative_error(self, codebook: Codebook) -> float:
+        """Weighted squared error of the inliers over their weighted square."""
+        square = self.weighted.total_square
+        if square == 0:
+            return 0.0
+        centroids = self.weighted.centroids
+        decoded = codebook.decode(codebook.encode(centroids.float())).double()
+        error = self.weighted.weight * (centroids - decoded).square() + self.weighted.spread
+        return float(error.sum()) / square
+
+
+def find_thresholds(
+    model: PreTrainedModel,
+    windows: Tensor,
+    config: KVQConfig,
+    layers: tuple[int, ...],
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> Thresholds:
+    """First pass: centre and half-range of every key channel, f32 ``[H, D]`` a layer."""
+    total = windows.shape[0] * (windows.shape[1] - config.sink_tokens)
+    quantiles = {
+        layer: ChannelQuantiles(config.outlier_fraction, total_tokens=total) for layer in layers
+    }
+    tap = KeyValueTap(layers=layers, keep_values=False)
+    batches = windows.split(batch_size)
+    with tap_attention(model, tap), progress.stage("thresholds", len(batches)) as advance:
+        for batch in batches:
+            tap.start()
+            run_decoder(model, batch)
+            tap.stop()
+            for layer, quantile in quantiles.items():
+                keys = token_rows(tap.keys[layer], sink_tokens=config.sink_tokens)
+                quantile.add(finite(keys, layer_idx=layer, what="keys"))
+            advance()
+    return {
+        layer: center_and_half_range(*quantile.thresholds())
+        for layer, quantile in quantiles.items()
+    }
+
+
+def _add_layer(
+    points: tuple[NormalisedPoints, NormalisedPoints],
+    keys: Tensor,
+    values: Tensor,
+    squared: tuple[Tensor, Tensor] | None,
+    thresholds: tuple[Tensor, Tensor],
+    config: KVQConfig,
+) -> None:
+    """One layer of one batch into its histograms; all ``[tokens, H, D]``, weight F * half_range^2.
+
+    The half-range belongs into the weight (KVQuant, equation 7): a step of the normalised range is
+    worth that much in a channel.
+    """
+    center, half_range = thresholds
+    z = (keys - center) / half_range
+    weight = None if squared is None else squared[0] * half_range.square()
+    points[0].add(z, z.abs() > 1, weight)
+
+    tokens, H, D = values.shape
+    vectors = values.reshape(tokens, 1, H * D) if config.value_grain == "token" else values
+    per_side = outliers.value_outliers_per_side(config, H, D)
+    half, middle, is_outlier = value_thresholds(vectors, outliers_per_side=per_side)
+    z = ((vectors - middle.float()) / half.float()).reshape(tokens, H, D)
+    scale = half.float().square().expand_as(vectors).reshape(tokens, H, D)
+    weight = None if squared is None else squared[1] * scale
+    points[1].add(z, is_outlier.reshape(tokens, H, D), weight)
+
+
+def measure_points(
+    model: PreTrainedModel,
+    windows: Tensor,
+    config: KVQConfig,
+    thresholds: Thresholds,
+    *,
+    batch_size: int,
+    progress: Progress,
+) -> dict[int, tuple[NormalisedPoints, NormalisedPoints]]:
+    """Second pass: histograms of normalised keys and values by layer, weighted by sensitivity."""
+    points = {layer: (NormalisedPoints(), NormalisedPoints()) for layer in thresholds}
+    tap = KeyValueTap(layers=tuple(thresholds))
+    batches = windows.split(batch_size)
+    weighted = config.sensitivity == "fisher"
+
+    def rows(x: Tensor) -> Tensor:
+        return token_rows(x, sink_tokens=config.sink_tokens)
+
+    def add(layer: int, squared: tuple[Tensor, Tensor] | None) -> None:
+        keys = finite(rows(tap.keys.pop(layer)), layer_idx=layer, what="keys")
+        values = finite(rows(tap.values.pop(layer)), layer_idx=layer, what="values")
+        weights = None if squared is None else (rows(squared[0]), rows(squared[1]))
+        _add_layer(points[layer], keys, values, weights, thresholds[layer], config)
+
+    with tap_attention(model, tap), progress.stage("sensitivity", len(batches)) as advance:
+        if weighted:
+            scale = LossScale(model.dtype)
+            with activation_gradients(model):
+                for batch in batches:
+                    gradients = backward(model, tap, batch, scale)
+                    for layer in thresholds:
+                        add(layer, gradients.pop(layer))
+                    advance()
+        else:
+            for batch in batches:
+                tap.start()
+                run_decoder(model, batch)
+                tap.stop()
+                for layer in thresholds:
+                    add(layer, None)
+                advance()
+    return points
+
+
+def fit_layer(
+    points: tuple[NormalisedPoints, NormalisedPoints],
+    thresholds: tuple[Tensor, Tensor],
+    config: KVQConfig,
+) -> tuple[LayerParameters, LayerStatistics]:
+    """Codebooks, Q-Norm and outlier steps of one layer from its histograms."""
+    center, half_range = (t.cpu() for t in thresholds)
+    key, value = points
+    key_codebook = key.fit(config.key_bits, config)
+    value_codebook = value.fit(config.value_bits, config)
+    key_index_bits = outliers.channel_bits(center.shape[-1])
+    parameters = LayerParameters(
+        key=KeyParameters(
+            center=center,
+            half_range=half_range,
+            codebook=key_codebook,
+            outlier_step=fit_outlier_step(key.outliers, key_codebook, index_bits=key_index_bits),
+        ),
+        value=ValueParameters(
+            codebook=value_codebook,
+            outlier_step=fit_outlier_step(
+                value.outliers, value_codebook, index_bits=outliers.TOKEN_BITS
+            ),
+        ),
+    )
+    statistics = LayerStatistics(
+        key_error=key.relative_error(key_codebook),
+        value_error=value.relative_error(value_codebook),
+        key_outlier_share=key.outlier_share,
+        value_outlier_share=value.outlier_share,
+    )
+    return parameters, statistics
+
+
+def calibrate(
+    model: PreTrainedModel,
+    windows: Tensor,
+    config: KVQConfig,
+    *,
+    base_model: BaseModelRecord,
+    calibration: CalibrationRecord,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Sidecar:
+    """Measure ``model`` on ``windows`` and fit everything that a sidecar holds.
+
+    Args:
+        model: a causal language model in bf16, fp16 or fp32. Its weights are not changed.
+        windows: token ids i64 ``[S, T]``, no padding.
+        config: bits, outliers, sinks, solver.
+        base_model, calibration: what the sidecar says of its origin.
+        batch_size: windows a step.
+        progress: who hears how far it is.
+
+    Raises:
+        DataError: windows that leave no token after the sinks.
+        UnsupportedModelError: attention that kvq does not understand.
+        CalibrationError: NaN activations or gradients.
+    """
+    progress = progress or SilentProgress()
+    if windows.shape[0] == 0 or windows.shape[1] < config.sink_tokens + 2:
+        raise DataError(
+            f"calibration needs windows of at least {config.sink_tokens + 2} tokens, found "
+            f"{windows.shape[0]} of {windows.shape[1]}.",
+            hint="--seq-len, or fewer --sink-tokens",
+        )
+    layers = quantized_layers(model.config)
+    was_training = model.training
+    model.eval()
+    try:
+        thresholds = find_thresholds(
+            model, windows, config, layers, batch_size=batch_size, progress=progress
+        )
+        points = measure_points(
+            model, windows, config, thresholds, batch_size=batch_size, progress=progress
+        )
+    except torch.OutOfMemoryError as error:
+        raise CalibrationError(
+            f"out of GPU memory while measuring {windows.shape[1]} tokens at a time: {error}",
+            hint="--batch-size 1, --seq-len 1024, or --sensitivity none",
+        ) from error
+    finally:
+        model.train(was_training)
+    parameters, statistics = {}, {}
+    with progress.stage("codebooks", len(layers)) as advance:
+        for layer in layers:
+            parameters[layer], statistics[layer] = fit_layer(
+                points.pop(layer), thresholds[layer], config
+            )
+            advance()
+    return Sidecar(
+        config=config,
+        base_model=base_model,
+        calibration=calibration,
+        layers=parameters,
+        statistics=statistics,
+    )

@@ -1,0 +1,110 @@
+"""Sensitivity: the squared gradient of the loss at every key and value (KVQuant, section 3.2).
+
+``F = (d loss / d x)^2`` of the causal language-modelling loss, taken at pre-RoPE keys and at
+values. Weights are frozen and gradients flow through activations only; layers are recomputed in the
+backward pass (gradient checkpointing), so that an 8B model fits one 24 GB card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from kvq_calibration.capture import KeyValueTap
+from kvq_formats.errors import CalibrationError
+
+FIRST_LOSS_SCALE = 2.0**16
+LAST_LOSS_SCALE = 2.0**-8
+
+
+@contextmanager
+def activation_gradients(model: PreTrainedModel) -> Iterator[None]:
+    """Freeze the weights, let gradients start at the embeddings, checkpoint the layers.
+
+    Only the checkpointed layers themselves are put in training mode, which is what switches
+    recomputation on; dropout and everything else below them stays in evaluation mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    with ExitStack() as stack:
+
+        def restore() -> None:
+            for module, training in modes:
+                module.training = training
+            for parameter, requires_grad in wanted:
+                parameter.requires_grad_(requires_grad)
+
+        stack.callback(restore)
+        model.eval()
+        model.requires_grad_(False)
+        embeddings = model.get_input_embeddings()
+        hook = embeddings.register_forward_hook(_require_gradient)
+        stack.callback(hook.remove)
+        if model.supports_gradient_checkpointing:
+            # transformers 5.23 renamed both methods and warns about the older names.
+            names = ("activation_checkpointing", "gradient_checkpointing")
+            name = next(name for name in names if hasattr(model, f"{name}_enable"))
+            getattr(model, f"{name}_enable")({"use_reentrant": False})
+            stack.callback(getattr(model, f"{name}_disable"))
+            for module in model.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    module.training = True
+        yield
+
+
+def _require_gradient(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    return output.requires_grad_(True)
+
+
+class LossScale:
+    """Keeps fp16 gradients between underflow and overflow; 1 for other dtypes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.adjustable = dtype == torch.float16
+        self.value = FIRST_LOSS_SCALE if self.adjustable else 1.0
+
+    def lower(self) -> bool:
+        """Lower the scale after an overflow; False where that cannot help."""
+        self.value /= 16
+        return self.adjustable and self.value >= LAST_LOSS_SCALE
+
+
+def backward(
+    model: PreTrainedModel, tap: KeyValueTap, input_ids: Tensor, scale: LossScale
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Run one batch forth and back; returns squared gradients by layer.
+
+    Returns: layer index -> (F of keys, F of values), f32 ``[B, H, T, D]``, of the mean loss a
+    token. ``tap`` holds the keys and values themselves.
+
+    Raises: CalibrationError when gradients are not finite.
+    """
+    ids = input_ids.to(model.device)
+    while True:
+        tap.start()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        tap.stop()
+        (loss * scale.value).backward()
+        squared = {}
+        overflow = None
+        for layer_idx in tap.layers:
+            pair = (tap.keys[layer_idx].grad, tap.values[layer_idx].grad)
+            if pair[0] is None or pair[1] is None:
+                raise CalibrationError(f"no gradient reached layer {layer_idx}.")
+            if not all(bool(torch.isfinite(g).all()) for g in pair):
+                overflow = layer_idx
+                break
+            key, value = ((g.float() / scale.value).square() for g in pair)
+            squared[layer_idx] = (key, value)
+        if overflow is None:
+            return squared
+        if not scale.lower():
+            raise CalibrationError(
+                f"gradients of layer {overflow} are NaN or infinite (loss {float(loss):.4g}).",
+                hint="--dtype bfloat16 or float32, or --sensitivity none",
+            )
