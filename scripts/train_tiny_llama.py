@@ -312,7 +312,9 @@ def main() -> None:
             curve.append((step, phase.seq_len, seen, sum(recent) / len(recent)))
             recent = []
             rate = seen / (time.monotonic() - started)
-            print(f"{progress:6.1%} step {step} loss {curve[-1][-1]:.4f} {rate:.0f} tok/s", flush=True)
+            print(
+                f"{progress:6.1%} step {step} loss {curve[-1][-1]:.4f} {rate:.0f} tok/s", flush=True
+            )
         if progress - saved_at >= 0.1:
             save(model, tokenizer, args.output)
             saved_at = progress

@@ -11,12 +11,13 @@ import pytest
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-WORDS = (
-    "the of and to in a is that for it as was with be by on not he his but at are this have from "
-    "or had an they which one you were her all she there would their we him been has when who will "
-    "more no if out so said what up its about into than them can only other new some could time "
-    "these two may then do first any my now such like our over man me even most made after also"
-).split()
+WORD_LIST = """
+the of and to in a is that for it as was with be by on not he his but at are this have from or had
+an they which one you were her all she there would their we him been has when who will more no if
+out so said what up its about into than them can only other new some could time these two may then
+do first any my now such like our over man me even most made after also
+"""
+WORDS = WORD_LIST.split()
 
 
 def make_text(num_words: int, *, seed: int = 0) -> str:

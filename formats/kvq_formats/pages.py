@@ -141,7 +141,7 @@ def encode_keys(
     Entries with ``|z| > 1`` are outliers (KVQuant, section 3.4); a page keeps those with the
     largest residuals in the units of the keys.
     """
-    H, T, D = keys.shape
+    H, _, D = keys.shape
     x, lengths = _paged(keys)
     P = len(lengths)
     capacity = outliers.key_pool_capacity(config, D)
@@ -151,9 +151,7 @@ def encode_keys(
     tokens = torch.arange(PAGE_TOKENS, device=x.device)
     valid = tokens < lengths[:, None]
     codes = codes * valid[:, None, :, None]
-    pages = KeyPages.allocate(
-        config, num_pages=P, num_kv_heads=H, head_dim=D, device=x.device
-    )
+    pages = KeyPages.allocate(config, num_pages=P, num_kv_heads=H, head_dim=D, device=x.device)
     pages.words.copy_(packing.pack_keys(codes, bits=config.key_bits))
     pages.base_positions.copy_(first_position + PAGE_TOKENS * torch.arange(P, device=x.device))
     if capacity == 0 or P == 0:
@@ -197,9 +195,7 @@ def decode_keys(pages: KeyPages, parameters: KeyParameters, *, tokens: int) -> T
     return _flat(decoded, tokens)
 
 
-def value_thresholds(
-    vectors: Tensor, *, outliers_per_side: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def value_thresholds(vectors: Tensor, *, outliers_per_side: int) -> tuple[Tensor, Tensor, Tensor]:
     """Outliers and range of each token's vector, f32 ``[..., size]`` (KVQuant, section 3.4).
 
     Returns: (half_range f16 ``[..., 1]``, center f16 ``[..., 1]``, is_outlier bool
@@ -221,7 +217,7 @@ def value_thresholds(
 
 def encode_values(values: Tensor, parameters: ValueParameters, config: KVQConfig) -> ValuePages:
     """Quantize the values of one row after its sinks, f32 ``[H, T, D]``."""
-    H, T, D = values.shape
+    H, _, D = values.shape
     x, lengths = _paged(values)
     P = len(lengths)
     shared = config.value_grain == "token"
