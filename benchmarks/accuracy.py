@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,20 @@ from accuracy_variants import (
     Baseline,
     Comparison,
     baselines,
+    choices,
     comparisons,
     configs,
     garbage,
+    ours,
 )
+from results_csv import PlainProgress, provenance, write_csv
+from shared_measurement import calibrate_all
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from kvq_calibration.data import load_text, token_windows
 from kvq_evaluation.perplexity import UNQUANTIZED, Variant, evaluate
-from kvq_evaluation.report import EvaluationRow, sidecar_bits, table
+from kvq_evaluation.report import EvaluationRow, sidecar_bits, table, with_error
 from kvq_evaluation.rescale import outlier_channels
 from kvq_evaluation.statistics import paired_difference
 from kvq_formats.config import KVQConfig
@@ -38,10 +45,6 @@ from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_runtime.attach import attach
 from kvq_runtime.evaluation_rule import attach_codec
 from kvq_runtime.models import load_model, quantized_layers, resolve_model
-from results_csv import PlainProgress, provenance, write_csv
-from shared_measurement import calibrate_all
-from torch import Tensor
-from transformers import PreTrainedModel
 
 DATASETS = {"dev": "builtin:dev", "test": "builtin"}
 F32_BITS = 32.0
@@ -143,9 +146,8 @@ def compare(rows: Mapping[str, EvaluationRow], pairs: list[Comparison]) -> list[
 def rescale_demonstration(setting: Setting, bits: int) -> list[dict[str, object]]:
     """The same function with wider channels: what it does to codes a token and to ours."""
     layers = quantized_layers(setting.model.config)
-    ours = f"{bits} bit NUQ + 1 %"
-    named = {ours: configs(bits)[ours]}
-    contexts = {
+    named = {ours(bits): configs(bits)[ours(bits)]}
+    contexts: dict[str, AbstractContextManager[object]] = {
         "as trained": nullcontext(),
         "2 key pairs a head x8": outlier_channels(setting.model, key_pairs=2, value_channels=0),
         "2 key pairs and 1 value channel a head x8": outlier_channels(
@@ -211,6 +213,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens a window [1024]")
     parser.add_argument("--num-samples", type=int, default=16, help="calibration windows [16]")
     parser.add_argument("--bits", default="2,3,4", help="widths [2,3,4]")
+    parser.add_argument("--no-choices", action="store_true", help="only the ladder and the bars")
     parser.add_argument("--rescale-bits", type=int, default=3, help="width of the demonstration")
     parser.add_argument("--rescale-windows", type=int, default=16, help="of them, at most [16]")
     parser.add_argument("--no-rescale", action="store_true", help="leave the demonstration out")
@@ -236,7 +239,10 @@ def run(arguments: argparse.Namespace) -> None:
         named |= configs(bits)
         uncalibrated |= baselines(bits, layers)
         pairs += comparisons(bits)
-    rows = measure(setting, named, uncalibrated, garbage_of=f"{widths[0]} bit NUQ + 1 %")
+        if not arguments.no_choices:
+            named |= {name: config for name, (_, config) in choices(bits).items()}
+            pairs += [Comparison(name, other) for name, (other, _) in choices(bits).items()]
+    rows = measure(setting, named, uncalibrated, garbage_of=ours(widths[0]))
     compared = compare({row.name: row for row in rows}, pairs)
     output: Path = arguments.output
     write_csv(output, [origin | plain(row) for row in rows])
@@ -253,7 +259,8 @@ def run(arguments: argparse.Namespace) -> None:
         demonstrated = rescale_demonstration(few, arguments.rescale_bits)
         write_csv(_beside(output, "rescale"), [origin | record for record in demonstrated])
         for record in demonstrated:
-            print(f"{record['weights']:<44} {record['name']:<28} KL {record['kl']:.5f}")
+            kl = with_error(record["kl"], record["kl_stderr"], digits=5)  # type: ignore[arg-type]
+            print(f"{record['weights']:<44} {record['name']:<28} KL {kl}")
 
 
 def _beside(path: Path, what: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from kvq_evaluation.baselines.hadamard_int import HadamardInt
@@ -28,26 +29,45 @@ class Comparison:
     bar: str = ""
 
 
+def ours(bits: int) -> str:
+    """Name of the variant that has every default."""
+    return f"{bits} bit NUQ + 1 %"
+
+
 def configs(bits: int) -> dict[str, KVQConfig]:
-    """Calibrated variants at one width, by name."""
-    plain = {"outlier_fraction": 0.0, "qnorm": False}
-    sparse = {"outlier_fraction": 0.01, "qnorm": False}
-    options: dict[str, dict[str, object]] = {
-        "unweighted": plain | {"sensitivity": "none"},
-        "NUQ": plain,
-        "NUQ, Q-Norm": plain | {"qnorm": True},
-        "unweighted + 1 %": sparse | {"sensitivity": "none"},
-        "NUQ + 1 %": sparse,
-        "NUQ + 1 %, Q-Norm": sparse | {"qnorm": True},
-        "NUQ + 1 %, head grain": sparse | {"value_grain": "head"},
-        "NUQ + 1 %, key room 1.5 %": sparse | {"outlier_capacity": 0.015},
-        "NUQ + 1 %, key room 0.75 %": sparse | {"outlier_capacity": 0.0075},
-        "NUQ + 1 %, value room 1.0": sparse | {"value_capacity_factor": 1.0},
-        "NUQ + 1 %, value room 1.5": sparse | {"value_capacity_factor": 1.5},
+    """The ladder at one width, by name: each rung adds one idea, the last is the default."""
+    ladder: dict[str, dict[str, object]] = {
+        f"{bits} bit unweighted": {"outlier_fraction": 0.0, "sensitivity": "none"},
+        f"{bits} bit NUQ": {"outlier_fraction": 0.0},
+        f"{bits} bit unweighted + 1 %": {"sensitivity": "none"},
+        ours(bits): {},
     }
-    widths = {"key_bits": bits, "value_bits": bits}
+    return _configs(bits, ladder)
+
+
+def choices(bits: int) -> dict[str, tuple[str, KVQConfig]]:
+    """Defaults changed one at a time: name -> (the variant it is compared with, configuration)."""
+    default = KVQConfig()
+    qnorm = "Q-Norm off" if default.qnorm else "Q-Norm on"
+    grain = "head" if default.value_grain == "token" else "token"
+    changed: dict[str, dict[str, object]] = {
+        f"{ours(bits)}, {qnorm}": {"qnorm": not default.qnorm},
+        f"{ours(bits)}, {grain} grain": {"value_grain": grain},
+    }
+    for room in {0.0075, 0.01, 0.0125, 0.015} - {default.outlier_capacity}:
+        changed[f"{ours(bits)}, key room {100 * room:g} %"] = {"outlier_capacity": room}
+    for room in {1.0, 1.25, 1.5} - {default.value_capacity_factor}:
+        changed[f"{ours(bits)}, value room {room:g}"] = {"value_capacity_factor": room}
+    dense = {f"{bits} bit NUQ, {qnorm}": {"outlier_fraction": 0.0, "qnorm": not default.qnorm}}
+    found = {name: (ours(bits), made) for name, made in _configs(bits, changed).items()}
+    found |= {name: (f"{bits} bit NUQ", made) for name, made in _configs(bits, dense).items()}
+    return dict(sorted(found.items()))
+
+
+def _configs(bits: int, options: Mapping[str, Mapping[str, object]]) -> dict[str, KVQConfig]:
     return {
-        f"{bits} bit {name}": KVQConfig.create(**widths, **given) for name, given in options.items()
+        name: KVQConfig.create(key_bits=bits, value_bits=bits, **given)
+        for name, given in options.items()
     }
 
 
@@ -60,21 +80,17 @@ def baselines(bits: int, layers: tuple[int, ...]) -> dict[str, Baseline]:
 
 
 def comparisons(bits: int) -> list[Comparison]:
-    """Pairs worth a paired standard error at one width."""
-    nuq, ours = f"{bits} bit NUQ", f"{bits} bit NUQ + 1 %"
-    pairs = [
-        Comparison(nuq, f"{bits} bit unweighted", bar="NUQ < unweighted NUQ"),
-        Comparison(ours, f"{bits} bit unweighted + 1 %"),
-        Comparison(ours, nuq),
-        Comparison(ours, f"int{bits} a token"),
-    ]
+    """Pairs of the ladder and the baselines that are worth a paired standard error."""
+    nuq, best = f"{bits} bit NUQ", ours(bits)
     hadamard = f"Hadamard-int{bits} a token-head"
     bar = f"{bits} bit + 1 % <= 0.5 x Hadamard-int{bits}" if bits < 4 else ""
-    pairs.append(Comparison(ours, hadamard, factor=0.5, bar=bar))
-    pairs.append(Comparison(f"{nuq}, Q-Norm", nuq))
-    choices = [name for name in configs(bits) if name.startswith(f"{ours}, ")]
-    pairs.extend(Comparison(choice, ours) for choice in choices)
-    return pairs
+    return [
+        Comparison(nuq, f"{bits} bit unweighted", bar="NUQ < unweighted NUQ"),
+        Comparison(best, f"{bits} bit unweighted + 1 %"),
+        Comparison(best, nuq),
+        Comparison(best, f"int{bits} a token"),
+        Comparison(best, hadamard, factor=0.5, bar=bar),
+    ]
 
 
 def garbage(sidecar: Sidecar) -> Sidecar:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from kvq_calibration.pipeline import find_thresholds, fit_layer, measure_points
 from kvq_formats.config import KVQConfig
 from kvq_formats.progress import Progress
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.models import quantized_layers
-from torch import Tensor
-from transformers import PreTrainedModel
 
 Key = tuple[str, float, int, str]
 

@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
-from kvq_formats.errors import CalibrationError, ConfigError, DataError
-from kvq_formats.progress import Progress, SilentProgress
 from torch import Tensor
 
 from kvq_evaluation.divergence import token_metrics
 from kvq_evaluation.statistics import WindowMetrics
+from kvq_formats.errors import CalibrationError, ConfigError, DataError
+from kvq_formats.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

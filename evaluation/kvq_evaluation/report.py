@@ -7,19 +7,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from kvq_formats.effective_bits import effective_bits
-from kvq_formats.progress import Progress
-from kvq_formats.sidecar import Sidecar
-from kvq_runtime.attach import attach
 from torch import Tensor
 
 from kvq_evaluation.perplexity import UNQUANTIZED, Variant, evaluate
 from kvq_evaluation.statistics import WindowMetrics, perplexity_increase
+from kvq_formats.effective_bits import effective_bits
+from kvq_formats.progress import Progress
+from kvq_formats.sidecar import Sidecar
+from kvq_runtime.attach import attach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-SCHEMA = "kvq.evaluation/1"
 
 HEADERS = ("cache", "bits eff", "ppl", "Δ", "KL", "agree", "path")
 
@@ -126,11 +124,6 @@ class Table:
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str
-
-
-def to_json(rows: Sequence[EvaluationRow]) -> dict[str, Any]:
-    """Rows under a versioned ``schema``."""
-    return {"schema": SCHEMA, "rows": [row.to_json() for row in rows]}
 
 
 def table(rows: Sequence[EvaluationRow]) -> Table:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from kvq_formats.errors import ConfigError, UnsupportedModelError
 from torch import Tensor, nn
+
+from kvq_formats.errors import ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

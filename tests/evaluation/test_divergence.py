@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvq_evaluation import divergence
-from kvq_evaluation.divergence import token_metrics
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvq_evaluation import divergence
+from kvq_evaluation.divergence import token_metrics
 
 U = 2.0**-24
 """Unit roundoff of f32."""

@@ -6,13 +6,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+
 from kvq_evaluation.baselines.hadamard_int import HadamardInt
 from kvq_evaluation.perplexity import UNQUANTIZED, evaluate
 from kvq_formats.errors import CalibrationError, ConfigError, DataError
 from kvq_runtime.evaluation_rule import attach_codec
-from torch import Tensor, nn
-from torch.nn import functional
-from transformers import LlamaForCausalLM
 
 
 def random_windows(count: int, length: int, *, seed: int = 0) -> Tensor:

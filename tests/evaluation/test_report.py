@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
 from kvq_calibration.pipeline import calibrate
 from kvq_evaluation.perplexity import UNQUANTIZED
 from kvq_evaluation.report import (
     HEADERS,
-    SCHEMA,
     EvaluationRow,
     evaluate_sidecars,
     sidecar_bits,
     table,
-    to_json,
 )
 from kvq_evaluation.statistics import WindowMetrics
 from kvq_formats.config import KVQConfig
@@ -22,8 +23,6 @@ from kvq_formats.errors import FingerprintMismatchError
 from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar
-from torch import Tensor
-from transformers import LlamaForCausalLM
 
 
 def random_windows(count: int, length: int, *, seed: int) -> Tensor:
@@ -89,10 +88,8 @@ def test_rows_hold_what_the_windows_say() -> None:
 
 
 def test_json_is_plain_and_complete() -> None:
-    document = json.loads(json.dumps(to_json(two_rows(windows_available=7)), allow_nan=False))
-    assert document["schema"] == SCHEMA
-    assert [row["name"] for row in document["rows"]] == [UNQUANTIZED, "3 bit"]
-    row = document["rows"][1]
+    _, variant = two_rows(windows_available=7)
+    row = json.loads(json.dumps(variant.to_json(), allow_nan=False))
     assert row["partial"] is True
     assert row["path"] == "prefill"
     assert row["per_window"] == {
@@ -121,7 +118,7 @@ def test_a_partial_result_says_so() -> None:
 def test_one_window_shows_no_error() -> None:
     drawn = table(two_rows(windows=1))
     assert drawn.rows[1][4] == "0.05000"
-    assert to_json(two_rows(windows=1))["rows"][1]["kl_stderr"] is None
+    assert two_rows(windows=1)[1].to_json()["kl_stderr"] is None
     assert drawn.caption == "text: 1 window, 10 tokens scored"
 
 

@@ -2,11 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kvq_evaluation.baselines.int_per_token import IntPerToken
-from kvq_evaluation.perplexity import evaluate
-from kvq_evaluation.rescale import outlier_channels
-from kvq_formats.errors import ConfigError, UnsupportedModelError
-from kvq_runtime.evaluation_rule import attach_codec
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -17,6 +12,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from kvq_evaluation.baselines.int_per_token import IntPerToken
+from kvq_evaluation.perplexity import evaluate
+from kvq_evaluation.rescale import outlier_channels
+from kvq_formats.errors import ConfigError, UnsupportedModelError
+from kvq_runtime.evaluation_rule import attach_codec
 
 HEAD_DIM = 16
 

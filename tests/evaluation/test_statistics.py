@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from kvq_evaluation.statistics import (
     WindowMetrics,
     paired_difference,

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from kvq_formats.errors import UnsupportedModelError
 from torch import Tensor
 
 from kvq_evaluation.baselines import uniform
+from kvq_formats.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
+
 from kvq_evaluation.baselines.exact import Exact
 from kvq_evaluation.perplexity import evaluate
 from kvq_runtime.evaluation_rule import attach_codec
-from transformers import LlamaForCausalLM
 
 
 def test_nothing_is_lost() -> None:

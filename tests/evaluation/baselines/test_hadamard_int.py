@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from kvq_evaluation.baselines.hadamard_int import HadamardInt, hadamard
 from kvq_evaluation.baselines.int_per_token import IntPerToken
 from kvq_formats.errors import UnsupportedModelError

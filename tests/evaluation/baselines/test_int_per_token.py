@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import torch
+
 from kvq_evaluation.baselines.int_per_token import IntPerToken
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvq_evaluation.baselines import uniform
 
 HALF_U = 2.0**-11
