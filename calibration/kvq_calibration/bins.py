@@ -108,14 +108,14 @@ class WeightedBins:
         if not highest - lowest < torch.inf:
             raise CalibrationError(
                 "normalised activations contain NaN or infinity; expected finite numbers",
-                hint="load the model with --dtype bfloat16 or --dtype float32",
+                hint="--dtype bfloat16 or float32",
             )
         lightest, heaviest = (float(x) for x in torch.aminmax(weight))
         if not (lightest >= 0 and heaviest < torch.inf):
             raise CalibrationError(
                 f"sensitivities range from {lightest} to {heaviest}; "
                 "expected finite numbers that are not negative",
-                hint="load the model with --dtype bfloat16 or --dtype float32",
+                hint="--dtype bfloat16 or float32",
             )
         if lowest < -1 or highest > 1:
             z = z.clamp(-1, 1)
