@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from kvq_calibration import bins as bins_module
 from kvq_calibration.bins import WeightedBins, weighted_error
 from kvq_formats.errors import CalibrationError
-from torch import Tensor
 
 EPS = torch.finfo(torch.float64).eps
 NAN, INF = float("nan"), float("inf")

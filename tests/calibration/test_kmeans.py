@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from kvq_calibration.kmeans import (
     WeightedBins,
     fit_codebook,
     fit_codebook_sklearn,
     weighted_error,
 )
-from torch import Tensor
 
 EPS = np.finfo(np.float64).eps
 Fit = Callable[[WeightedBins, int], Tensor]
