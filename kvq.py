@@ -1,0 +1,61 @@
+"""The public Python API of kvq, on one page. A name is loaded when it is first used.
+
+import kvq
+
+sidecar = kvq.calibrate("Qwen/Qwen3-0.6B", bits=3)     # kvq calibrate
+sidecar.save("./q")
+with kvq.attach(model, "./q", rule="evaluation"):      # run with it
+model(**inputs)
+kvq.evaluate(model, ["./q"], tokens=tokens)            # kvq eval
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvq_calibration.plan import calibrate_from_text as calibrate
+    from kvq_evaluation.sidecars import evaluate_on_tokens as evaluate
+    from kvq_formats.config import KVQConfig as KVQConfig
+    from kvq_formats.errors import KVQError as KVQError
+    from kvq_formats.sidecar import Sidecar as Sidecar
+    from kvq_runtime.attach import attach as attach
+    from kvq_runtime.sidecars import open_sidecar as load_sidecar
+
+    __version__: str
+
+_HOMES = {
+    "KVQConfig": ("kvq_formats.config", "KVQConfig"),
+    "KVQError": ("kvq_formats.errors", "KVQError"),
+    "Sidecar": ("kvq_formats.sidecar", "Sidecar"),
+    "attach": ("kvq_runtime.attach", "attach"),
+    "calibrate": ("kvq_calibration.plan", "calibrate_from_text"),
+    "evaluate": ("kvq_evaluation.sidecars", "evaluate_on_tokens"),
+    "load_sidecar": ("kvq_runtime.sidecars", "open_sidecar"),
+}
+
+__all__ = [
+    "KVQConfig",
+    "KVQError",
+    "Sidecar",
+    "__version__",
+    "attach",
+    "calibrate",
+    "evaluate",
+    "load_sidecar",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("kvq")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvq' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,74 @@
+"""Measure sidecars, at hand or by path, on windows of tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kvq_evaluation.report import EvaluationRow, evaluate_sidecars
+from kvq_formats.progress import Progress
+from kvq_formats.sidecar import Sidecar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def evaluate_on_tokens(
+    model: PreTrainedModel,
+    sidecars: Sequence[Sidecar | str | os.PathLike[str]],
+    *,
+    tokens: Tensor,
+    dataset: str = "tokens",
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> list[EvaluationRow]:
+    """Measure what each sidecar costs, against the unquantized model, under the evaluation rule.
+
+    Args:
+        model: the causal language model that the sidecars were made for.
+        sidecars: objects, folders or files.
+        tokens: windows of token ids, int64 ``[S, T]``.
+        dataset: a name for the text, for the rows.
+        batch_size: windows a forward pass.
+        progress: who hears how far it is.
+
+    Returns the unquantized model's row, then one a sidecar, named by its folder or by its place in
+    the list. Raises SidecarError, FingerprintMismatchError, and what ``evaluate_sidecars`` raises.
+    """
+    loaded = [s if isinstance(s, Sidecar) else Sidecar.load(s) for s in sidecars]
+    return evaluate_sidecars(
+        model,
+        tokens,
+        dict(zip(row_names(sidecars), loaded, strict=True)),
+        dataset=dataset,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def row_names(sidecars: Sequence[Sidecar | str | os.PathLike[str]]) -> list[str]:
+    """Name each sidecar by its folder, or as it was given where folders share a name.
+
+    The same path twice, and objects that have no path, are told apart by their place in the list.
+    """
+    short = [_folder_name(sidecar, place) for place, sidecar in enumerate(sidecars, 1)]
+    if len(set(short)) == len(short):
+        return short
+    full = [
+        f"sidecar {place}" if isinstance(sidecar, Sidecar) else os.fspath(sidecar)
+        for place, sidecar in enumerate(sidecars, 1)
+    ]
+    if len(set(full)) == len(full):
+        return full
+    return [f"{name} ({place})" for place, name in enumerate(full, 1)]
+
+
+def _folder_name(sidecar: Sidecar | str | os.PathLike[str], place: int) -> str:
+    if isinstance(sidecar, Sidecar):
+        return f"sidecar {place}"
+    path = Path(sidecar).expanduser()
+    return (path.parent if path.is_file() else path).absolute().name

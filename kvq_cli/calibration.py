@@ -1,0 +1,113 @@
+"""Calibrating as ``kvq calibrate`` and ``kvq demo`` do: run a plan, save, say what it cost."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvq_cli.bits import bits_facts, bits_json, reported_bits
+from kvq_cli.output import Output
+from kvq_cli.peak_memory import peak_memory, peak_memory_json
+from kvq_formats.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvq_calibration.plan import CalibrationPlan
+    from kvq_formats.config import KVQConfig
+    from kvq_formats.sidecar import Sidecar
+
+STAGES = ("thresholds", "sensitivity", "codebooks")
+"""What the pipeline does, in order."""
+
+KNOWN_BITS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A sidecar on the disk, and what it took."""
+
+    sidecar: Sidecar
+    path: Path
+    seconds: float
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Rows for people."""
+        bits = reported_bits(self.sidecar.config, self.sidecar.base_model.fingerprint)
+        return [
+            ("sidecar", str(self.path)),
+            *bits_facts(bits),
+            ("time", f"{self.seconds:.1f} s"),
+            ("peak memory", peak_memory()),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for programs."""
+        made = self.sidecar
+        bits = reported_bits(made.config, made.base_model.fingerprint)
+        return {
+            "sidecar": str(self.path),
+            "base_model": made.base_model.model_dump(mode="json"),
+            "calibration": made.calibration.model_dump(mode="json"),
+            "config": made.config.model_dump(mode="json"),
+            "effective_bits": bits_json(bits),
+            "seconds": round(self.seconds, 3),
+            "peak_memory": peak_memory_json(),
+        }
+
+
+def run_plan(
+    output: Output,
+    plan: CalibrationPlan,
+    destination: Path,
+    *,
+    overwrite: bool,
+    batch_size: int,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+) -> Calibrated:
+    """Measure the model and save its sidecar; the time includes loading and saving."""
+    started = time.monotonic()
+    with output.progress(*STAGES) as progress:
+        sidecar = plan.run(
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            batch_size=batch_size,
+            progress=progress,
+            on_note=output.note,
+        )
+    sidecar.save(destination, overwrite=overwrite)
+    return Calibrated(sidecar, destination, time.monotonic() - started)
+
+
+def quantization(
+    options: dict[str, Any],
+    *,
+    bits: int,
+    key_bits: int | None,
+    value_bits: int | None,
+) -> KVQConfig:
+    """Build the configuration from widths and other ``options`` by field; None is left out.
+
+    Raises ConfigError that names the flag, or the field that makes no sense.
+    """
+    from kvq_formats.config import KVQConfig
+
+    chosen = {"--bits": bits, "--key-bits": key_bits, "--value-bits": value_bits}
+    for flag, number in chosen.items():
+        if number is not None and number not in KNOWN_BITS:
+            raise ConfigError(
+                f"{flag} is {number}, expected 2, 3 or 4.",
+                hint=f"{flag} 3 is a good start; several widths mix with --key-bits, --value-bits",
+            )
+    given = {name: value for name, value in options.items() if value is not None}
+    return KVQConfig.create(key_bits=key_bits or bits, value_bits=value_bits or bits, **given)
+
+
+def default_folder(model_name: str, config: KVQConfig) -> Path:
+    """``./<model name>-kvq3``, or ``-kvq-k2v3`` where keys and values differ."""
+    key, value = config.key_bits, config.value_bits
+    suffix = f"kvq{key}" if key == value else f"kvq-k{key}v{value}"
+    return Path(f"{model_name}-{suffix}")

@@ -1,0 +1,287 @@
+"""``kvq calibrate``: measure a model on text and write its sidecar."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvq_cli.bits import bits_facts, bits_json, reported_bits
+from kvq_cli.options import (
+    DATA,
+    OUTPUT,
+    QUANTIZATION,
+    AsJson,
+    AttnImplementation,
+    BatchSize,
+    DeviceMap,
+    Dtype,
+    DtypeOption,
+    ModelAlias,
+    NoProgress,
+    Overwrite,
+    Quiet,
+    Revision,
+    Seed,
+    Sensitivity,
+    Solver,
+    TrustRemoteCode,
+    ValueGrain,
+    Verbose,
+    chosen_model,
+    model_argument,
+    option,
+)
+from kvq_cli.output import Output
+
+if TYPE_CHECKING:
+    from kvq_calibration.plan import CalibrationPlan
+
+SCHEMA = "kvq.calibrate/1"
+
+
+def calibrate(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        model_argument(
+            help="Hub id (org/name, org/name@revision) or folder. Without it: the built-in model."
+        ),
+    ] = None,
+    model_alias: ModelAlias = None,
+    revision: Revision = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device_map: DeviceMap = None,
+    attn_implementation: AttnImplementation = None,
+    trust_remote_code: TrustRemoteCode = False,
+    bits: Annotated[
+        int,
+        option("--bits", panel=QUANTIZATION, help="Bits of a code: 2, 3 or 4."),
+    ] = 4,
+    key_bits: Annotated[
+        int | None,
+        option("--key-bits", panel=QUANTIZATION, help="Bits of a key's code.", default="--bits"),
+    ] = None,
+    value_bits: Annotated[
+        int | None,
+        option(
+            "--value-bits", panel=QUANTIZATION, help="Bits of a value's code.", default="--bits"
+        ),
+    ] = None,
+    outlier_fraction: Annotated[
+        float,
+        option(
+            "--outlier-fraction",
+            panel=QUANTIZATION,
+            help="Share of entries that the thresholds leave outside; 0 keeps no outliers.",
+        ),
+    ] = 0.01,
+    outlier_capacity: Annotated[
+        float,
+        option(
+            "--outlier-capacity",
+            panel=QUANTIZATION,
+            help="Room for key outliers, as a share of a page's entries.",
+        ),
+    ] = 0.01,
+    sink_tokens: Annotated[
+        int,
+        option(
+            "--sink-tokens",
+            panel=QUANTIZATION,
+            help="First tokens of a text that stay unquantized.",
+        ),
+    ] = 1,
+    recent_tokens: Annotated[
+        int,
+        option(
+            "--recent-tokens",
+            panel=QUANTIZATION,
+            help="Newest tokens that stay unquantized.",
+        ),
+    ] = 0,
+    value_grain: Annotated[
+        ValueGrain,
+        option(
+            "--value-grain",
+            panel=QUANTIZATION,
+            help="What shares a value scale: a token's vector over all heads, or over one head.",
+        ),
+    ] = ValueGrain.TOKEN,
+    sensitivity: Annotated[
+        Sensitivity,
+        option(
+            "--sensitivity",
+            panel=QUANTIZATION,
+            help="Weight of a point in the codebook fit: squared gradient of the loss, or 1.",
+        ),
+    ] = Sensitivity.FISHER,
+    kmeans: Annotated[
+        Solver,
+        option("--kmeans", panel=QUANTIZATION, help="Solver of the codebook fit."),
+    ] = Solver.EXACT,
+    qnorm: Annotated[
+        bool | None,
+        option(
+            "--qnorm/--no-qnorm",
+            panel=QUANTIZATION,
+            help="Match mean and deviation of decoded numbers.",
+            default="by --bits",
+        ),
+    ] = None,
+    dataset: Annotated[
+        str,
+        option(
+            "--dataset",
+            panel=DATA,
+            metavar="NAME",
+            help="builtin, wikitext2, c4, a Hub id, or a .txt, .jsonl or .parquet file.",
+        ),
+    ] = "builtin",
+    split: Annotated[
+        str | None,
+        option("--split", panel=DATA, help="Split of a Hub data set.", default="train"),
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        option("--text-column", panel=DATA, help="Column that holds the text.", default="text"),
+    ] = None,
+    num_samples: Annotated[
+        int, option("--num-samples", panel=DATA, help="Windows of text.", min=1)
+    ] = 16,
+    seq_len: Annotated[
+        int,
+        option(
+            "--seq-len", panel=DATA, help="Tokens a window; at most the model's positions.", min=2
+        ),
+    ] = 2048,
+    batch_size: BatchSize = 1,
+    seed: Seed = 0,
+    destination: Annotated[
+        Path | None,
+        option(
+            "-o",
+            "--output",
+            panel=OUTPUT,
+            metavar="DIR",
+            help="Folder of the sidecar.",
+            default="./<model name>-kvq<bits>",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool,
+        option("--dry-run", panel=OUTPUT, help="Check everything, say what would be done, stop."),
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Measure a model on text and write its sidecar.
+
+    A sidecar is what a quantized cache needs beside its model. Finds the range
+    of every key channel and the sensitivity of every key and value, and fits
+    one codebook for keys and one for values in each layer. The weights are not
+    changed. The sidecar becomes the current one, which other commands use.
+
+    [bold]Examples[/bold]
+      kvq calibrate Qwen/Qwen3-0.6B --bits 3
+      kvq calibrate ./my-model --bits 4 -o ./q4 --dataset ./my-text.txt
+      kvq calibrate ./my-model --key-bits 2 --value-bits 3
+      kvq calibrate --dry-run
+    """
+    output: Output = context.obj
+    output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
+    from kvq_calibration.plan import plan_calibration
+    from kvq_cli.assets import resolve
+    from kvq_cli.calibration import default_folder, quantization, run_plan
+    from kvq_cli.output import facts
+    from kvq_cli.session import remember
+    from kvq_formats.sidecar import check_output_directory
+
+    config = quantization(
+        {
+            "outlier_fraction": outlier_fraction,
+            "outlier_capacity": outlier_capacity,
+            "sink_tokens": sink_tokens,
+            "recent_tokens": recent_tokens,
+            "value_grain": value_grain.value,
+            "qnorm": qnorm,
+            "sensitivity": sensitivity.value,
+            "kmeans": kmeans.value,
+        },
+        bits=bits,
+        key_bits=key_bits,
+        value_bits=value_bits,
+    )
+    name = chosen_model(model, model_alias)
+    if name is None:
+        output.note("no MODEL is named: calibrating the small built-in model")
+    resolved = resolve(name, revision=revision, trust_remote_code=trust_remote_code)
+    folder = destination or default_folder(resolved.record.name, config)
+    check_output_directory(folder, overwrite=overwrite)
+    plan = plan_calibration(
+        resolved,
+        config=config,
+        dataset=dataset,
+        split=split,
+        text_column=text_column,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+    )
+    for line in plan.notes:
+        output.note(line)
+    if dry_run:
+        output.result(
+            {"schema": SCHEMA, **plan_json(plan, folder)}, facts(plan_facts(plan, folder))
+        )
+        return
+    calibrated = run_plan(
+        output,
+        plan,
+        folder,
+        overwrite=overwrite,
+        batch_size=batch_size,
+        dtype=dtype.value,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+    )
+    remember(folder, output)
+    following = shlex.join(["kvq", "eval", *([name] if name else []), "--sidecar", str(folder)])
+    output.result(
+        {"schema": SCHEMA, "dry_run": False, **calibrated.to_json(), "next": following},
+        facts(calibrated.facts()),
+    )
+    output.next(following)
+
+
+def plan_facts(plan: CalibrationPlan, folder: Path) -> list[tuple[str, str]]:
+    """What ``--dry-run`` says."""
+    model, config = plan.model.record, plan.config
+    return [
+        ("dry run", "everything that can be checked without weights is in order"),
+        ("model", f"{model.id}, {model.fingerprint.summary}"),
+        ("text", f"{plan.source.name}, {plan.num_samples} x {plan.seq_len} tokens"),
+        ("codes", f"keys {config.key_bits} bits, values {config.value_bits} bits"),
+        *bits_facts(reported_bits(config, model.fingerprint)),
+        ("would write", str(folder)),
+    ]
+
+
+def plan_json(plan: CalibrationPlan, folder: Path) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "dry_run": True,
+        "sidecar": str(folder),
+        "base_model": plan.model.record.model_dump(mode="json"),
+        "dataset": plan.source.name,
+        "num_samples": plan.num_samples,
+        "seq_len": plan.seq_len,
+        "seed": plan.seed,
+        "config": plan.config.model_dump(mode="json"),
+        "effective_bits": bits_json(reported_bits(plan.config, plan.model.record.fingerprint)),
+    }

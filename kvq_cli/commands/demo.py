@@ -1,0 +1,116 @@
+"""``kvq demo``: the whole way on the built-in model, offline, in minutes."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvq_cli.options import (
+    OUTPUT,
+    QUANTIZATION,
+    AsJson,
+    NoProgress,
+    Overwrite,
+    Quiet,
+    Verbose,
+    option,
+)
+from kvq_cli.output import Output
+
+SCHEMA = "kvq.demo/1"
+
+# The demo's fixed subset. A table of all windows is what `kvq eval` prints.
+NUM_SAMPLES = 16
+SEQ_LEN = 1024
+WINDOWS = 16
+TEXTS = ("builtin", "builtin:c4")
+
+
+def demo(
+    context: typer.Context,
+    bits: Annotated[
+        int,
+        option("--bits", panel=QUANTIZATION, help="Bits of a code: 2, 3 or 4."),
+    ] = 3,
+    destination: Annotated[
+        Path | None,
+        option(
+            "-o",
+            "--output",
+            panel=OUTPUT,
+            metavar="DIR",
+            help="Keep the sidecar in this folder.",
+            default="a temporary folder",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Calibrate and evaluate the built-in model, offline.
+
+    Needs no network and no GPU. Evaluates on a fixed subset of the test texts,
+    so its tables are marked as partial. The current sidecar stays what it was.
+
+    [bold]Examples[/bold]
+      kvq demo
+      kvq demo --bits 2 -o ./demo-kvq2
+    """
+    output: Output = context.obj
+    output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
+    from kvq_calibration.data import load_text
+    from kvq_calibration.plan import plan_calibration
+    from kvq_cli.assets import resolve
+    from kvq_cli.calibration import default_folder, quantization, run_plan
+    from kvq_cli.measurement import cut_texts, measure, tables
+    from kvq_cli.output import facts
+    from kvq_cli.peak_memory import peak_memory, peak_memory_json
+    from kvq_formats.sidecar import check_output_directory
+    from kvq_runtime.models import load_model
+
+    started = time.monotonic()
+    config = quantization({}, bits=bits, key_bits=None, value_bits=None)
+    resolved = resolve(None)
+    with ExitStack() as stack:
+        if destination is None:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvq-demo-")))
+            folder = scratch / default_folder(resolved.record.name, config)
+        else:
+            folder = destination
+        check_output_directory(folder, overwrite=overwrite)
+        plan = plan_calibration(resolved, config=config, num_samples=NUM_SAMPLES, seq_len=SEQ_LEN)
+        calibrated = run_plan(output, plan, folder, overwrite=overwrite, batch_size=1)
+        loaded = load_model(resolved)
+        texts = cut_texts(
+            output,
+            loaded.tokenizer,
+            [load_text(name, purpose="eval") for name in TEXTS],
+            seq_len=SEQ_LEN,
+            limit=WINDOWS,
+        )
+        sidecars = {folder.name: calibrated.sidecar}
+        measured = measure(output, loaded.model, sidecars, texts, batch_size=1)
+        seconds = time.monotonic() - started
+        payload = {
+            "schema": SCHEMA,
+            "calibration": calibrated.to_json(),
+            "texts": [text.to_json(per_window=False) for text in measured],
+            "seconds": round(seconds, 3),
+            "peak_memory": peak_memory_json(),
+        }
+        summary = facts(
+            [
+                ("model", f"{resolved.record.id}, {resolved.record.fingerprint.summary}"),
+                *calibrated.facts(),
+                ("the whole demo", f"{seconds:.1f} s, peak memory {peak_memory()}"),
+            ]
+        )
+        output.result(payload, summary, *tables(measured))
+    output.next("kvq calibrate Qwen/Qwen3-0.6B --bits 3")

@@ -1,0 +1,221 @@
+"""``kvq eval``: what a quantized cache costs, in perplexity, divergence and agreement."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvq_cli.options import (
+    DATA,
+    OUTPUT,
+    QUANTIZATION,
+    AsJson,
+    AttnImplementation,
+    BatchSize,
+    DeviceMap,
+    Dtype,
+    DtypeOption,
+    ModelAlias,
+    NoProgress,
+    Quiet,
+    Revision,
+    TrustRemoteCode,
+    Verbose,
+    chosen_model,
+    model_argument,
+    option,
+)
+from kvq_cli.output import Output
+from kvq_formats.errors import ConfigError
+
+SCHEMA = "kvq.eval/1"
+
+
+def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        model_argument(
+            help="Hub id (org/name, org/name@revision) or folder. Without it: the sidecar's model."
+        ),
+    ] = None,
+    model_alias: ModelAlias = None,
+    revision: Revision = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device_map: DeviceMap = None,
+    attn_implementation: AttnImplementation = None,
+    trust_remote_code: TrustRemoteCode = False,
+    sidecar: Annotated[
+        list[str] | None,
+        option(
+            "--sidecar",
+            panel=QUANTIZATION,
+            metavar="DIR",
+            help="Sidecar: folder, file or Hub id; may be given several times.",
+            default="the current sidecar",
+        ),
+    ] = None,
+    ppl: Annotated[
+        str,
+        option(
+            "--ppl",
+            panel=DATA,
+            metavar="NAMES",
+            help="Texts, with commas between: wikitext2, c4, builtin, a Hub id, or a file.",
+        ),
+    ] = "wikitext2",
+    split: Annotated[
+        str | None,
+        option("--split", panel=DATA, help="Split of a Hub data set.", default="test"),
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        option("--text-column", panel=DATA, help="Column that holds the text.", default="text"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        option(
+            "--limit",
+            panel=DATA,
+            metavar="N",
+            help="Only N windows of each text, evenly spread; the result is marked as partial.",
+            default="all",
+            min=1,
+        ),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        option(
+            "--seq-len",
+            panel=DATA,
+            help="Tokens a window; at most the model's positions.",
+            default="2048",
+            min=2,
+        ),
+    ] = None,
+    batch_size: BatchSize = 1,
+    max_ppl_increase: Annotated[
+        float | None,
+        option(
+            "--max-ppl-increase",
+            panel=OUTPUT,
+            metavar="X",
+            help="Leave with exit code 3 if perplexity rises by more.",
+            default="no bar",
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        option(
+            "--max-kl",
+            panel=OUTPUT,
+            metavar="X",
+            help="Leave with exit code 3 if the mean KL, in nats a token, is larger.",
+            default="no bar",
+        ),
+    ] = None,
+    destination: Annotated[
+        Path | None,
+        option(
+            "-o",
+            "--save",
+            panel=OUTPUT,
+            metavar="FILE",
+            help="JSON file for the raw results, window by window.",
+            default="in kvq's cache folder",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    no_progress: NoProgress = False,
+) -> None:
+    """Measure what a quantized cache costs.
+
+    Perplexity with its standard error, mean KL divergence and top-1 agreement,
+    against the unquantized model on the same tokens. Every key and value but
+    sinks and recent tokens is decoded from its code before a query sees it
+    (path: prefill). Effective bits are counted from bytes at the window's
+    length, without the page that is not complete.
+
+    [bold]Examples[/bold]
+      kvq eval --ppl wikitext2
+      kvq eval Qwen/Qwen3-0.6B --sidecar ./q3 --sidecar ./q4 --ppl c4
+      kvq eval --ppl ./my-text.txt --max-ppl-increase 0.1
+    """
+    output: Output = context.obj
+    output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
+    from importlib.metadata import version
+
+    from kvq_calibration.data import load_text
+    from kvq_cli.assets import resolve
+    from kvq_cli.measurement import (
+        check_gates,
+        cut_texts,
+        measure,
+        raise_missed,
+        tables,
+        window_length,
+    )
+    from kvq_cli.session import check_file, current_sidecar, new_results_file, write_json
+    from kvq_evaluation.sidecars import row_names
+    from kvq_formats.fingerprint import check
+    from kvq_formats.sidecar import Sidecar
+    from kvq_runtime.models import load_model, load_tokenizer
+    from kvq_runtime.sidecars import find_sidecar
+
+    saved = new_results_file() if destination is None else check_file(destination)
+    given = list(sidecar) if sidecar else [str(current_sidecar(output))]
+    paths = [find_sidecar(name) for name in given]
+    sidecars = dict(zip(row_names(given), map(Sidecar.load, paths), strict=True))
+    name = chosen_model(model, model_alias)
+    first = next(iter(sidecars.values())).base_model
+    if name is None and revision is None:
+        revision = first.revision
+    resolved = resolve(name or first.id, revision=revision, trust_remote_code=trust_remote_code)
+    for line in resolved.notes:
+        output.note(line)
+    for made in sidecars.values():
+        for line in check(made.base_model, resolved.record):
+            output.warn(line)
+    names = [part.strip() for part in ppl.split(",") if part.strip()]
+    if not names:
+        raise ConfigError("--ppl names no text.", hint="--ppl wikitext2")
+    sources = [
+        load_text(text, purpose="eval", split=split, text_column=text_column) for text in names
+    ]
+    texts = cut_texts(
+        output,
+        load_tokenizer(resolved),
+        sources,
+        seq_len=window_length(resolved.max_positions, seq_len, output),
+        limit=limit,
+    )
+    loaded = load_model(
+        resolved,
+        dtype=dtype.value,
+        device_map=device_map,
+        attn_implementation=attn_implementation,
+    )
+    measured = measure(output, loaded.model, sidecars, texts, batch_size=batch_size)
+    gates = check_gates(measured, max_ppl_increase=max_ppl_increase, max_kl=max_kl)
+    payload = {
+        "schema": SCHEMA,
+        "kvq_version": version("kvq"),
+        "base_model": loaded.record.model_dump(mode="json"),
+        "sidecars": {
+            row: {"path": str(path), "config": made.config.model_dump(mode="json")}
+            for path, (row, made) in zip(paths, sidecars.items(), strict=True)
+        },
+        "gates": [gate.to_json() for gate in gates],
+    }
+    write_json(saved, {**payload, "texts": [text.to_json(per_window=True) for text in measured]})
+    payload["texts"] = [text.to_json(per_window=False) for text in measured]
+    payload["results"] = str(saved)
+    output.result(payload, *tables(measured))
+    output.note(f"raw results are in {saved}")
+    raise_missed(gates)
+    output.next(shlex.join(["kvq", "inspect", given[0]]))

@@ -1,0 +1,151 @@
+"""Options that several commands share, one place for each flag: name, help, panel, variable.
+
+Every option can also be set by an environment variable of the same name with the prefix ``KVQ_``
+(``--outlier-fraction`` is ``KVQ_OUTLIER_FRACTION``); the command line wins.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+MODEL = "Model"
+QUANTIZATION = "Quantization"
+DATA = "Data"
+OUTPUT = "Output"
+
+
+class Dtype(StrEnum):
+    """Floating-point type that the weights are loaded in."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class ValueGrain(StrEnum):
+    """What shares one scale and centre of the values."""
+
+    TOKEN = "token"
+    HEAD = "head"
+
+
+class Sensitivity(StrEnum):
+    """Weight of a calibration point."""
+
+    FISHER = "fisher"
+    NONE = "none"
+
+
+class Solver(StrEnum):
+    """Solver of the codebook fit."""
+
+    EXACT = "exact"
+    SKLEARN = "sklearn"
+
+
+def environment_name(flag: str) -> str:
+    """``--seq-len`` to ``KVQ_SEQ_LEN``."""
+    return "KVQ_" + flag.lstrip("-").split("/")[0].replace("-", "_").upper()
+
+
+def option(
+    *flags: str,
+    panel: str,
+    help: str,
+    metavar: str | None = None,
+    default: str | None = None,
+    min: int | None = None,
+    hidden: bool = False,
+) -> Any:
+    """Declare an option with its panel and its environment variable.
+
+    ``default`` is what help shows as the default where the real one is decided later (None).
+    """
+    long = next(flag for flag in flags if flag.startswith("--"))
+    return typer.Option(
+        *flags,
+        help=help,
+        rich_help_panel=panel,
+        metavar=metavar,
+        min=min,
+        # A hidden option is another name of one that is not: it gets no variable of its own.
+        envvar=None if hidden else environment_name(long),
+        show_envvar=False,
+        show_default=default if default is not None else True,
+        hidden=hidden,
+    )
+
+
+def model_argument(*, help: str) -> Any:
+    """Declare the positional MODEL."""
+    return typer.Argument(
+        help=help, metavar="MODEL", show_default=False, envvar="KVQ_MODEL", show_envvar=False
+    )
+
+
+# Global options, on every command.
+AsJson = Annotated[
+    bool, option("--json", panel=OUTPUT, help="Print one JSON object on stdout, also for errors.")
+]
+Quiet = Annotated[
+    bool, option("-q", "--quiet", panel=OUTPUT, help="No notes and no progress; results stay.")
+]
+Verbose = Annotated[
+    bool, option("-v", "--verbose", panel=OUTPUT, help="Also print what the libraries log.")
+]
+NoProgress = Annotated[bool, option("--no-progress", panel=OUTPUT, help="No progress on stderr.")]
+
+# Model.
+ModelAlias = Annotated[
+    str | None, option("-m", "--model", panel=MODEL, help="Same as MODEL.", hidden=True)
+]
+Revision = Annotated[
+    str | None,
+    option(
+        "--revision", panel=MODEL, metavar="REV", default="main",
+        help="Branch, tag or commit of the model on the Hub.",
+    ),
+]  # fmt: skip
+DtypeOption = Annotated[
+    Dtype, option("--dtype", panel=MODEL, help="Type of the weights; auto: as they are stored.")
+]
+DeviceMap = Annotated[
+    str | None,
+    option(
+        "--device-map", panel=MODEL, metavar="MAP", default="one GPU if there is one, else CPU",
+        help="Where the weights go, e.g. auto, cpu, cuda:1.",
+    ),
+]  # fmt: skip
+AttnImplementation = Annotated[
+    str | None,
+    option(
+        "--attn-implementation", panel=MODEL, metavar="NAME", default="the model's own",
+        help="Attention of transformers, e.g. eager, sdpa.",
+    ),
+]  # fmt: skip
+TrustRemoteCode = Annotated[
+    bool,
+    option("--trust-remote-code", panel=MODEL, help="Run Python code that the model brings along."),
+]
+
+# Data.
+BatchSize = Annotated[
+    int, option("--batch-size", panel=DATA, help="Windows a forward pass.", min=1)
+]
+Seed = Annotated[int, option("--seed", panel=DATA, help="Chooses the windows of the text.")]
+
+# Output.
+Overwrite = Annotated[
+    bool, option("--overwrite", panel=OUTPUT, help="Replace what the output folder holds.")
+]
+
+
+def chosen_model(argument: str | None, alias: str | None) -> str | None:
+    """Return MODEL, or ``--model`` for those who are used to it; both is a usage error."""
+    if argument is not None and alias is not None:
+        raise typer.BadParameter("give MODEL once, not also as --model")
+    return argument if argument is not None else alias

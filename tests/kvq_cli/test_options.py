@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from kvq_cli.commands.calibrate import calibrate
+from kvq_cli.commands.eval import evaluate
+from kvq_cli.measurement import DEFAULT_SEQ_LEN
+from kvq_cli.options import chosen_model, environment_name
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("--seq-len", "KVQ_SEQ_LEN"),
+        ("--qnorm/--no-qnorm", "KVQ_QNORM"),
+        ("--json", "KVQ_JSON"),
+    ],
+)
+def test_environment_names(flag: str, name: str) -> None:
+    assert environment_name(flag) == name
+
+
+def test_model_may_be_positional_or_an_option() -> None:
+    assert chosen_model("a", None) == chosen_model(None, "a") == "a"
+    assert chosen_model(None, None) is None
+
+
+def test_the_commands_defaults_are_the_librarys() -> None:
+    """Help must not import pydantic, so the defaults are written twice: here they are compared."""
+    from kvq_calibration.plan import calibrate_from_text
+    from kvq_formats.config import KVQConfig
+
+    given = inspect.signature(calibrate).parameters
+    fields = KVQConfig.model_fields
+    assert given["bits"].default == fields["key_bits"].default == fields["value_bits"].default
+    for name in set(fields) & set(given) - {"key_bits", "value_bits", "qnorm"}:
+        assert given[name].default == fields[name].default, name
+    # Decided by the configuration, not by the command.
+    assert given["qnorm"].default is None
+    called = inspect.signature(calibrate_from_text).parameters
+    for name in ("dataset", "num_samples", "seq_len", "batch_size", "seed", "dtype"):
+        assert given[name].default == called[name].default, name
+
+
+def test_the_default_length_that_help_shows_is_the_one_that_is_used() -> None:
+    from typing import get_type_hints
+
+    hints = get_type_hints(evaluate, include_extras=True)
+    (declared,) = hints["seq_len"].__metadata__
+    assert declared.show_default == str(DEFAULT_SEQ_LEN)
