@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from kvq_formats.fingerprint import Fingerprint
+from kvq_formats.fingerprint import Fingerprint, check
 
 
 class BaseModelRecord(BaseModel):
@@ -27,6 +27,10 @@ class BaseModelRecord(BaseModel):
     def name(self) -> str:
         """The last part of the id, fit for a folder's name."""
         return self.id.rstrip("/\\").replace("\\", "/").rpartition("/")[2] or "model"
+
+    def check(self, found: BaseModelRecord) -> tuple[str, ...]:
+        """Notes if a sidecar of this model serves ``found``; see ``fingerprint.check``."""
+        return check(self, found)
 
 
 class CalibrationRecord(BaseModel):

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from kvq_formats.errors import UnsupportedModelError
+from kvq_runtime.supported_models import check_supported, quantized_layers
+
+
+def make_config(model_type: str, **options: Any) -> Any:
+    return CONFIG_MAPPING[model_type](**options)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("phi3", {}),
+        ("olmo2", {}),
+        ("gpt_neox", {}),
+        ("mistral", {"sliding_window": None}),
+        ("smollm3", {}),
+        ("gpt_oss", {}),
+        ("gemma3", {}),
+        ("llama", {"architectures": ["LlamaForCausalLM"]}),
+    ],
+)
+def test_decoders_are_understood(model_type: str, options: dict[str, Any]) -> None:
+    check_supported(make_config(model_type, **options), name="org/model")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("bert", {}, "not a causal language model"),
+        ("bert", {"architectures": ["BertForMaskedLM"]}, r"language model \(BertForMaskedLM\)"),
+        ("vit", {"architectures": ["ViTForImageClassification"]}, "ViTForImageClassification"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "not a causal"),
+        ("t5", {"architectures": ["T5ForConditionalGeneration"]}, "is an encoder-decoder"),
+        ("whisper", {}, "is an encoder-decoder"),
+        ("deepseek_v3", {}, r"latent attention \(MLA"),
+        ("mamba", {}, "no attention layers"),
+        ("bamba", {}, "recurrent layers"),
+        ("gpt2", {}, "no rotary"),
+        ("falcon", {"alibi": True}, "ALiBi"),
+        ("llama4_text", {}, "complex numbers"),
+        ("gemma3n_text", {}, "shares one cache"),
+        ("mimo_v2_flash", {}, "vectors of two sizes"),
+        ("mistral", {"sliding_window": 4096}, "nothing to quantize"),
+    ],
+)
+def test_others_are_refused(model_type: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        check_supported(make_config(model_type, **options), name="org/model")
+    assert "Llama" in (caught.value.hint or "")
+
+
+def test_all_layers_of_a_plain_decoder() -> None:
+    assert quantized_layers(make_config("llama", num_hidden_layers=3)) == (0, 1, 2)
+    assert quantized_layers(make_config("qwen3", num_hidden_layers=2)) == (0, 1)
+
+
+def test_only_layers_that_see_everything() -> None:
+    types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = make_config("gemma2", num_hidden_layers=4, layer_types=types, sliding_window=128)
+    assert quantized_layers(config) == (1, 3)
+    hybrid = ["linear_attention", "linear_attention", "full_attention"]
+    config = make_config("qwen3_next", num_hidden_layers=3, layer_types=hybrid)
+    assert quantized_layers(config) == (2,)
+
+
+def test_the_text_layers_of_a_composite_model() -> None:
+    text = {"num_hidden_layers": 6, "sliding_window": 64}
+    assert quantized_layers(make_config("gemma3", text_config=text)) == (5,)
+
+
+def test_a_window_without_layer_types_slides_everywhere() -> None:
+    config = make_config("mistral", sliding_window=4096, max_position_embeddings=32768)
+    with pytest.raises(UnsupportedModelError, match=r"none of the 32 layers .*mistral"):
+        quantized_layers(config)
+
+
+def test_a_window_that_hides_nothing_counts_as_full() -> None:
+    config = make_config(
+        "mistral", num_hidden_layers=2, sliding_window=4096, max_position_embeddings=4096
+    )
+    assert quantized_layers(config) == (0, 1)
+    assert quantized_layers(make_config("mistral", num_hidden_layers=2, sliding_window=None)) == (
+        0,
+        1,
+    )
