@@ -10,9 +10,8 @@ import hashlib
 import lzma
 from importlib import resources
 
-from kvq_formats.errors import DataError
-
 from kvq_calibration.text_source import DATASET_FLAG, Purpose, TextSource
+from kvq_formats.errors import DataError
 
 _REINSTALL = "pip install --force-reinstall --no-deps kvq"
 

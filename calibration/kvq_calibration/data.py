@@ -12,14 +12,13 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kvq_formats.errors import ConfigError, DataError
-
 from kvq_calibration.bundled import builtin_source, bundled_text, stand_in_source
 from kvq_calibration.hub_errors import HubUnreachableError
 from kvq_calibration.hub_text import HubDataset, hub_text
 from kvq_calibration.text_files import text_file
 from kvq_calibration.text_source import DATASET_FLAG, Purpose, TextSource
 from kvq_calibration.windows import TokenWindows, token_windows
+from kvq_formats.errors import ConfigError, DataError
 
 __all__ = [
     "Purpose",

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvq_formats.errors import DataError
-
 from kvq_calibration.hub_errors import HubUnreachableError, hub_errors
 from kvq_calibration.hub_modes import offline_mode, quiet_hub
 from kvq_calibration.text_source import LazyTexts, Purpose, TextSource, choose_text_column
+from kvq_formats.errors import DataError
 
 # The first answer of the Hub must come within this time; later reads may take longer.
 _PROBE_SECONDS = 5.0

@@ -35,6 +35,9 @@ from kvq_formats.sidecar import Sidecar
 from kvq_runtime.models import quantized_layers
 from kvq_runtime.rope import tap_attention
 
+FARTHEST = 2.0**32
+"""Where normalised outliers are cut off; residuals saturate long before."""
+
 Thresholds = dict[int, tuple[Tensor, Tensor]]
 """Layer index -> (center, half_range), f32 ``[H, D]``."""
 
@@ -51,7 +54,9 @@ class NormalisedPoints:
 
     def add(self, z: Tensor, is_outlier: Tensor, weight: Tensor | None) -> None:
         """Take in points ``z`` f32 with their weights f32, or 1 each; all of one shape."""
-        z, is_outlier = z.cpu().flatten(), is_outlier.cpu().flatten()
+        # A channel that hardly ever moves has next to no range: its outliers lie beyond fp32.
+        z = z.cpu().flatten().clamp(-FARTHEST, FARTHEST)
+        is_outlier = is_outlier.cpu().flatten()
         weight = torch.ones_like(z) if weight is None else weight.cpu().flatten()
         self.entries += z.numel()
         self.outlier_entries += int(is_outlier.sum())

@@ -18,8 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from kvq_calibration.capture import KeyValueTap
 from kvq_formats.errors import CalibrationError
 
-FIRST_LOSS_SCALE = 2.0**16
-LAST_LOSS_SCALE = 2.0**-8
+FIRST_LOSS_SCALE = 2.0**6
+LAST_LOSS_SCALE = 2.0**-18
 
 
 @contextmanager
@@ -79,8 +79,8 @@ def backward(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Run one batch forth and back; returns squared gradients by layer.
 
-    Returns: layer index -> (F of keys, F of values), f32 ``[B, H, T, D]``, of the mean loss a
-    token. ``tap`` holds the keys and values themselves.
+    Returns: layer index -> (F of keys, F of values), f32 ``[B, H, T, D]``, of the loss summed over
+    tokens, so that batches of unlike sizes weigh alike. ``tap`` holds the keys and values.
 
     Raises: CalibrationError when gradients are not finite.
     """
@@ -89,22 +89,25 @@ def backward(
         tap.start()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         tap.stop()
-        (loss * scale.value).backward()
+        predicted = ids.shape[0] * (ids.shape[1] - 1)
+        (loss * (predicted * scale.value)).backward()
         squared = {}
         overflow = None
         for layer_idx in tap.layers:
-            pair = (tap.keys[layer_idx].grad, tap.values[layer_idx].grad)
-            if pair[0] is None or pair[1] is None:
+            key, value = tap.keys[layer_idx].grad, tap.values[layer_idx].grad
+            if key is None or value is None:
                 raise CalibrationError(f"no gradient reached layer {layer_idx}.")
-            if not all(bool(torch.isfinite(g).all()) for g in pair):
+            if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
                 overflow = layer_idx
                 break
-            key, value = ((g.float() / scale.value).square() for g in pair)
-            squared[layer_idx] = (key, value)
+            squared[layer_idx] = (
+                (key.float() / scale.value).square(),
+                (value.float() / scale.value).square(),
+            )
         if overflow is None:
             return squared
         if not scale.lower():
             raise CalibrationError(
-                f"gradients of layer {overflow} are NaN or infinite (loss {float(loss):.4g}).",
+                f"gradients of layer {overflow} are NaN or infinite (loss {loss.item():.4g}).",
                 hint="--dtype bfloat16 or float32, or --sensitivity none",
             )

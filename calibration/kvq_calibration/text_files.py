@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvq_formats.errors import ConfigError, DataError
-
 from kvq_calibration.text_source import (
     DATASET_FLAG,
     LazyTexts,
@@ -21,6 +19,7 @@ from kvq_calibration.text_source import (
     TextSource,
     choose_text_column,
 )
+from kvq_formats.errors import ConfigError, DataError
 
 _BLOCK_BYTES = 1 << 20
 _KINDS = ".txt, .jsonl or .parquet"

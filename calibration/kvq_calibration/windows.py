@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvq_formats.errors import ConfigError, DataError
-
 from kvq_calibration.text_source import DATASET_FLAG, TextSource
+from kvq_formats.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -85,14 +85,17 @@ def layers_from_tensors(
 
 
 def _f32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32).contiguous()
+    # A copy: layers may share a codebook, but tensors of a file may not share memory.
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _add_codebook(
     tensors: dict[str, Tensor], prefix: str, codebook: Codebook, outlier_step: float
 ) -> None:
     tensors[prefix + "codebook"] = _f32(codebook.entries)
-    tensors[prefix + "codebook_levels"] = codebook.levels.to("cpu", torch.uint8).contiguous()
+    tensors[prefix + "codebook_levels"] = codebook.levels.to(
+        "cpu", torch.uint8, copy=True
+    ).contiguous()
     scalars = {
         "codebook_offset": codebook.offset,
         "codebook_step": codebook.step,

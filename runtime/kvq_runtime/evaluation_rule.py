@@ -32,10 +32,17 @@ class CacheCodec(Protocol):
         rotated_keys: whether keys are quantized after RoPE (True) or before (False).
     """
 
-    layers: Collection[int]
-    sink_tokens: int
-    recent_tokens: int
-    rotated_keys: bool
+    @property
+    def layers(self) -> Collection[int]: ...
+
+    @property
+    def sink_tokens(self) -> int: ...
+
+    @property
+    def recent_tokens(self) -> int: ...
+
+    @property
+    def rotated_keys(self) -> bool: ...
 
     def decoded_keys(self, layer_idx: int, keys: Tensor) -> Tensor:
         """Keys f32 ``[H, T, D]`` of one row after its sinks -> what their codes decode to."""

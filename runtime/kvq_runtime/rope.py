@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -85,11 +85,16 @@ class AttentionTap:
 def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
     """Self-attention modules by layer index."""
     return {
-        module.layer_idx: module
+        layer_index(module): module
         for module in model.modules()
         if isinstance(getattr(module, "layer_idx", None), int)
         and type(module).__name__.endswith("Attention")
     }
+
+
+def layer_index(attention: nn.Module) -> int:
+    """Index of the layer that an attention module belongs to."""
+    return cast(int, attention.layer_idx)
 
 
 def _wrap_rotary(rotary: Callable[..., Any], tap: AttentionTap, current: list[int | None]) -> Any:
@@ -136,7 +141,7 @@ def _attention_tapped(model: PreTrainedModel, tap: AttentionTap) -> Iterator[Non
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
         call = AttentionCall(
-            layer_idx=int(module.layer_idx),
+            layer_idx=layer_index(module),
             query=query,
             key=key,
             value=value,
@@ -195,7 +200,7 @@ def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
     signature = inspect.signature(decoder.forward)
 
     def enter_layer(module: nn.Module, _args: Any) -> None:
-        current[0] = int(module.layer_idx)
+        current[0] = layer_index(module)
 
     def leave_layer(_module: nn.Module, _args: Any, _output: Any) -> None:
         current[0] = None

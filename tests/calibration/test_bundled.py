@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+
 from kvq_calibration import bundled
 from kvq_calibration.bundled import BUILTIN, STAND_INS, builtin_source, bundled_text
 from kvq_formats.errors import DataError

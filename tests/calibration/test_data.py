@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from kvq_calibration import data
 from kvq_calibration.bundled import bundled_text
 from kvq_calibration.data import Purpose, load_text

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 from huggingface_hub import errors as hub
+
 from kvq_calibration.hub_errors import HubUnreachableError, hub_errors
 from kvq_formats.errors import DataError
 

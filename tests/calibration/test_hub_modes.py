@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub import utils as hub_utils
+
 from kvq_calibration.hub_modes import offline_mode, quiet_hub
 
 

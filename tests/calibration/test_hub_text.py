@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
+
 from kvq_calibration.hub_errors import HubUnreachableError
 from kvq_calibration.hub_text import HubDataset, hub_text
 from kvq_formats.errors import DataError

@@ -9,10 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from pyarrow import parquet
+
 from kvq_calibration import text_files
 from kvq_calibration.text_files import text_file
 from kvq_formats.errors import ConfigError, DataError
-from pyarrow import parquet
 
 
 def read(path: Path, **options: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from kvq_calibration import windows as windows_module
 from kvq_calibration.text_source import LazyTexts, Purpose, TextSource
 from kvq_calibration.windows import token_windows

@@ -1,0 +1,144 @@
+"""``attach``: the right sidecar on the right model, for as long as the context is open."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvq_formats import pages
+from kvq_formats.codebook import Codebook
+from kvq_formats.config import KVQConfig
+from kvq_formats.errors import ConfigError, FingerprintMismatchError, SidecarError
+from kvq_formats.fingerprint import Fingerprint
+from kvq_formats.parameters import KeyParameters, LayerParameters, LayerStatistics, ValueParameters
+from kvq_formats.records import BaseModelRecord, CalibrationRecord
+from kvq_formats.sidecar import Sidecar
+from kvq_runtime.attach import attach
+from kvq_runtime.sidecar_codec import SidecarCodec
+from tiny_models import make_tiny_llama
+
+H, D = 2, 16
+
+
+def sidecar(bits: int = 4, **options: object) -> Sidecar:
+    """A sidecar by hand, wide enough for the tiny Llama's activations."""
+    codebook = Codebook.fit_grid(torch.linspace(-0.95, 0.95, 1 << bits))
+    layer = LayerParameters(
+        key=KeyParameters(torch.zeros(H, D), torch.full((H, D), 4.0), codebook, 0.02),
+        value=ValueParameters(codebook, 0.02),
+    )
+    fingerprint = Fingerprint.from_config(make_tiny_llama().config.to_dict())
+    return Sidecar(
+        config=KVQConfig.create(**{"key_bits": bits, "value_bits": bits, **options}),
+        base_model=BaseModelRecord(id="test/tiny", revision=None, fingerprint=fingerprint),
+        calibration=CalibrationRecord(
+            dataset="none", revision=None, num_samples=1, seq_len=8, seed=0, token_sha256="0" * 64
+        ),
+        layers={0: layer, 1: layer},
+        statistics={i: LayerStatistics(0.0, 0.0, 0.0, 0.0) for i in (0, 1)},
+    )
+
+
+def ids(tokens: int = 300) -> Tensor:
+    return torch.randint(3, 300, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_a_plain_forward_attends_over_decoded_pages() -> None:
+    model = make_tiny_llama()
+    stock = model(ids()).logits
+    errors = []
+    for bits in (2, 3, 4):
+        with attach(model, sidecar(bits), rule="evaluation") as attached:
+            assert attached is model
+            errors.append(float((model(ids()).logits - stock).square().mean()))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
+    assert torch.equal(model(ids()).logits, stock)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 256, 257, 258])
+@torch.no_grad()
+def test_odd_lengths(tokens: int) -> None:
+    model = make_tiny_llama()
+    stock = model(ids(tokens)).logits
+    with attach(model, sidecar(), rule="evaluation"):
+        quantized = model(ids(tokens)).logits
+    assert torch.isfinite(quantized).all()
+    # The first token is the sink and sees nothing but itself.
+    assert torch.equal(quantized[:, 0], stock[:, 0])
+    assert tokens == 1 or not torch.equal(quantized, stock)
+
+
+def test_every_number_goes_through_packed_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bit that is flipped in the packed words reaches the logits."""
+    model = make_tiny_llama()
+    with torch.no_grad(), attach(model, sidecar(), rule="evaluation"):
+        before = model(ids()).logits
+        packed = pages.packing.pack_values
+        monkeypatch.setattr(
+            pages.packing, "pack_values", lambda codes, *, bits: packed(codes, bits=bits) ^ 1
+        )
+        after = model(ids()).logits
+    assert not torch.equal(before, after)
+
+
+def test_codec_keeps_what_the_sidecar_says() -> None:
+    codec = SidecarCodec(sidecar(sink_tokens=3, recent_tokens=17))
+    assert (codec.sink_tokens, codec.recent_tokens, codec.rotated_keys) == (3, 17, False)
+    assert set(codec.layers) == {0, 1}
+
+
+def test_a_saved_sidecar_does_the_same(tmp_path: Path) -> None:
+    model = make_tiny_llama()
+    sidecar().save(tmp_path / "s")
+    with torch.no_grad():
+        with attach(model, sidecar(), rule="evaluation"):
+            expected = model(ids()).logits
+        with attach(model, tmp_path / "s", rule="evaluation"):
+            assert torch.equal(model(ids()).logits, expected)
+
+
+def test_the_sidecar_of_another_model_is_refused() -> None:
+    other = make_tiny_llama(num_hidden_layers=3)
+    with (
+        pytest.raises(FingerprintMismatchError, match="3 layers"),
+        attach(other, sidecar(), rule="evaluation"),
+    ):
+        pass
+
+
+def test_a_missing_sidecar_and_an_unknown_rule(tmp_path: Path) -> None:
+    model = make_tiny_llama()
+    with pytest.raises(SidecarError), attach(model, tmp_path / "none", rule="evaluation"):
+        pass
+    with (
+        pytest.raises(ConfigError, match="'runtime'"),
+        attach(model, sidecar(), rule="runtime"),  # type: ignore[arg-type]
+    ):
+        pass
+
+
+@torch.no_grad()
+def test_a_garbage_codebook_wrecks_the_logits() -> None:
+    model = make_tiny_llama()
+    good = sidecar()
+    scrambled = replace(
+        good.layers[0].key.codebook, levels=good.layers[0].key.codebook.levels.flip(0)
+    )
+    layers = {
+        i: LayerParameters(
+            key=replace(layer.key, codebook=scrambled),
+            value=replace(layer.value, codebook=scrambled),
+        )
+        for i, layer in good.layers.items()
+    }
+    stock = model(ids(1000)).logits
+    with attach(model, good, rule="evaluation"):
+        near = (model(ids(1000)).logits - stock).square().mean()
+    with attach(model, replace(good, layers=layers), rule="evaluation"):
+        far = (model(ids(1000)).logits - stock).square().mean()
+    assert far > 30 * near
