@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from kvq_formats.errors import FingerprintMismatchError, UnsupportedModelError
 from kvq_formats.fingerprint import Fingerprint, check, explain
 from kvq_formats.records import BaseModelRecord

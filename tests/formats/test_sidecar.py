@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
 from kvq_formats import atomic
 from kvq_formats.codebook import Codebook
 from kvq_formats.config import KVQConfig
@@ -30,8 +33,6 @@ from kvq_formats.parameters import (
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar, check_output_directory
 from kvq_formats.sidecar_tensors import layer_tensors, tensors_sha256
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 H, D = 2, 16
 FILES = {"kvq.safetensors", "kvq_config.json", "README.md"}
