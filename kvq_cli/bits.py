@@ -27,16 +27,11 @@ def reported_bits(config: KVQConfig, fingerprint: Fingerprint) -> EffectiveBits:
 
 def bits_facts(bits: EffectiveBits) -> list[tuple[str, str]]:
     """Rows for people: the figure that methods are compared on first, then what it is made of."""
-    split = " + ".join(
-        f"{getattr(bits, name):.3f} {name}" for name in PARTS if getattr(bits, name) > 0
-    )
     return [
-        (
-            "effective bits",
-            f"{bits.without_unfinished:.3f} a cached number at {bits.tokens:,} tokens",
-        ),
-        ("", f"{bits.total:.3f} with the unfinished page = {split}"),
-        ("", f"keys {bits.key_bits:.3f}, values {bits.value_bits:.3f} in complete pages"),
+        ("effective bits", f"{bits.without_unfinished:.3f} a number at {bits.tokens:,} tokens"),
+        ("with unfinished", f"{bits.total:.3f}, made of"),
+        *((f"  {name}", f"{getattr(bits, name):.3f}") for name in PARTS),
+        ("complete pages", f"keys {bits.key_bits:.3f}, values {bits.value_bits:.3f}"),
         ("static tables", f"{bits.table_bytes:,} bytes a layer, once"),
     ]
 

@@ -72,6 +72,7 @@ def measure(
     batch_size: int,
 ) -> list[MeasuredText]:
     """Measure every sidecar on every text."""
+    from kvq_cli.progress import Titled
     from kvq_evaluation.report import evaluate_sidecars
 
     measured = []
@@ -84,7 +85,7 @@ def measure(
                 dataset=windows.name,
                 windows_available=windows.windows_total,
                 batch_size=batch_size,
-                progress=progress,
+                progress=Titled(progress, f"on {windows.name}"),
             )
             measured.append(MeasuredText(windows, rows))
     return measured

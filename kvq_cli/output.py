@@ -57,12 +57,17 @@ class Output:
 
         ``payload`` names its own format under ``schema``.
         """
+        from rich.text import Text
+
         if self.as_json:
             print(json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False))
             self.json_printed = True
             return
         for part in parts:
-            self._console(stderr=False).print(part, highlight=False)
+            # Text is never cut or folded: it may be a path that is copied.
+            self._console(stderr=False).print(
+                part, highlight=False, soft_wrap=isinstance(part, Text | str)
+            )
 
     def note(self, text: str) -> None:
         """Say something good to know; ``--quiet`` leaves it out."""
@@ -157,7 +162,7 @@ def facts(pairs: Sequence[tuple[str, str]]) -> Text:
 
     width = max(len(name) for name, _ in pairs)
     lines = [Text.assemble((name.ljust(width), "bold"), "  ", value) for name, value in pairs]
-    return Text("\n", no_wrap=True, overflow="ignore").join(lines)
+    return Text("\n").join(lines)
 
 
 def _set_library_voice(*, verbose: bool, bars: bool) -> None:

@@ -32,6 +32,18 @@ class NoProgress(SilentProgress):
     """Nothing at all: ``--quiet`` and ``--no-progress``."""
 
 
+class Titled:
+    """A listener that hears each stage's name with a title behind it, such as a text's."""
+
+    def __init__(self, listener: CommandProgress, title: str) -> None:
+        self._listener = listener
+        self._title = title
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]:
+        """Pass the stage on under its longer name."""
+        return self._listener.stage(f"{name} {self._title}", total)
+
+
 class BarProgress:
     """Two moving bars on a terminal: stages outside, steps inside, with ETA and peak memory.
 

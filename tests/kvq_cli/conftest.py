@@ -21,6 +21,8 @@ def own_session(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
         monkeypatch.setenv(name, "error")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The library reads the variable once, maybe before this test.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("KVQ_CACHE", str(folder))
     monkeypatch.setenv("COLUMNS", "100")
     return folder

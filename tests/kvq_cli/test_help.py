@@ -76,3 +76,13 @@ def test_the_page_names_every_option_and_its_variable() -> None:
         for flag in set(re.findall(r"│ (--[a-z][\w-]+)", help_of(command))) - {"--help"}:
             assert f"`{flag}`" in page
     assert "| `KVQ_OUTLIER_FRACTION` | `--outlier-fraction` |" in page
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from command_line import Kvq
+from kvq_cli.output import Output
+from kvq_cli.session import cache_folder, remember
+
+FEW = ("--limit", 2, "--seq-len", 64)
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_current_sidecar_on_the_default_text(kvq: Kvq, sidecar: Path) -> None:
+    remember(sidecar, Output())
+    ran = kvq("eval", *FEW)
+    assert ran.code == 0
+    header = next(line for line in ran.stdout.splitlines() if "ppl" in line)
+    assert header.split() == ["cache", "bits", "eff", "ppl", "Δ", "KL", "agree", "path"]
+    first, second = (
+        next(line for line in ran.stdout.splitlines() if line.startswith(f" {name}"))
+        for name in ("unquantized", sidecar.name)
+    )
+    assert "±" in first
+    assert "100.00 %" in first
+    assert first.rstrip().endswith("prefill")
+    assert second.count("±") == 3
+    assert "partial: 2 windows of" in ran.stdout
+    assert f"using the current sidecar, {sidecar}" in ran.stderr
+    assert "bundled text" in ran.stderr
+    assert ran.stderr.splitlines()[-1] == f"Next: kvq inspect {sidecar}"
+
+
+def test_json_and_raw_results(
+    kvq: Kvq, sidecar: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / sidecar.name
+    other.mkdir()
+    (other / "kvq.safetensors").write_bytes((sidecar / "kvq.safetensors").read_bytes())
+    ran = kvq(
+        "eval", tiny_model_dir, "--sidecar", sidecar, "--sidecar", other, "--json",
+        "--ppl", f"{text_file},c4", "-o", "results.json", *FEW,
+    )  # fmt: skip
+    assert ran.code == 0
+    found = ran.json
+    assert found["schema"] == "kvq.eval/1"
+    assert found["results"] == "results.json"
+    assert len(found["texts"]) == 2
+    assert found["texts"][0]["dataset"] == text_file.name
+    for text in found["texts"]:
+        unquantized, one, two = text["rows"]
+        assert text["partial"].startswith("2 of ")
+        assert text["partial"].endswith(" windows")
+        assert (unquantized["name"], unquantized["kl"]) == ("unquantized", 0)
+        # Two sidecars of one name are told apart by their paths; the same bytes cost the same.
+        assert (one["name"], two["name"]) == (str(sidecar), str(other))
+        assert one["kl"] == two["kl"] > 0
+        assert one["path"] == "prefill"
+        assert "per_window" not in one
+    raw = json.loads((tmp_path / "results.json").read_text())
+    assert raw["schema"] == "kvq.eval/1"
+    assert len(raw["texts"][0]["rows"][1]["per_window"]["nll"]) == 2
+
+
+def test_results_are_kept_in_the_cache_without_a_file(
+    kvq: Kvq, sidecar: Path, text_file: Path
+) -> None:
+    arguments = ("eval", "--sidecar", sidecar, "--ppl", text_file, *FEW)
+    assert kvq(*arguments).code == 0
+    assert kvq(*arguments).code == 0
+    saved = sorted((cache_folder() / "results").iterdir())
+    assert len(saved) == 2
+    assert json.loads(saved[0].read_text())["texts"]
+
+
+def test_results_are_saved_before_anything_is_drawn(
+    kvq: Kvq, sidecar: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no table")
+
+    monkeypatch.setattr("kvq_cli.measurement.tables", broken)
+    ran = kvq("eval", "--sidecar", sidecar, "--ppl", text_file, "-o", "r.json", *FEW)
+    assert ran.code == 1
+    assert json.loads((tmp_path / "r.json").read_text())["texts"]
+
+
+def test_gates(kvq: Kvq, sidecar: Path, text_file: Path) -> None:
+    arguments = ("eval", "--sidecar", sidecar, "--ppl", text_file, *FEW)
+    passed = kvq(*arguments, "--max-kl", 100, "--max-ppl-increase", 1e9, "--json")
+    assert passed.code == 0
+    assert [gate["passed"] for gate in passed.json["gates"]] == [True, True]
+    missed = kvq(*arguments, "--max-kl", 1e-12, "--max-ppl-increase", 1e9, "--json")
+    assert missed.code == 3
+    # One object only: the result; what was missed is in it, and said on stderr.
+    gates = {gate["metric"]: gate["passed"] for gate in missed.json["gates"]}
+    assert gates == {"perplexity_increase": True, "kl": False}
+    assert "kl is" in missed.stderr
+    plain = kvq(*arguments, "--max-kl", 1e-12)
+    assert plain.code == 3
+    assert "unquantized" in plain.stdout
+    assert f"Error: {sidecar.name} on {text_file.name}: kl is" in plain.stderr
+    assert "Next:" not in plain.stderr
+
+
+def test_a_sidecar_of_another_model_is_refused_before_weights_load(
+    kvq: Kvq, sidecar: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in tiny_model_dir.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+
+    def no_weights(*_: object, **__: object) -> None:
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr("kvq_runtime.models.load_model", no_weights)
+    ran = kvq("eval", other, "--sidecar", sidecar, "--json")
+    assert ran.code == 1
+    assert ran.json["error"]["type"] == "FingerprintMismatchError"
+    assert "3 layers" in ran.json["error"]["message"]
+    assert ran.json["error"]["hint"].startswith("kvq calibrate")
+
+
+def test_another_model_of_the_same_shape_is_a_warning(
+    kvq: Kvq, sidecar: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in tiny_model_dir.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    ran = kvq("eval", copy, "--sidecar", sidecar, "--ppl", text_file, "-q", *FEW)
+    assert ran.code == 0
+    assert ran.stderr.startswith("Warning: this sidecar was calibrated for")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--ppl", ","), 2, "--ppl names no text"),
+        (("--ppl", "./nowhere.txt"), 1, "nowhere.txt"),
+        (("-o", "."), 1, "is a folder"),
+        (("--sidecar", "nowhere"), 1, "nowhere"),
+        (("--limit", 0), 2, "--limit"),
+    ],
+)
+def test_bad_options(
+    kvq: Kvq, sidecar: Path, options: tuple[object, ...], code: int, message: str
+) -> None:
+    remember(sidecar, Output())
+    ran = kvq("eval", *options, "--json")
+    assert ran.code == code
+    assert message in ran.json["error"]["message"]
+
+
+def test_nothing_calibrated_yet(kvq: Kvq) -> None:
+    ran = kvq("eval")
+    assert ran.code == 1
+    assert "Hint: kvq calibrate" in ran.stderr
+
+
+def test_windows_are_clamped_to_the_models_positions(
+    kvq: Kvq, sidecar: Path, text_file: Path
+) -> None:
+    arguments = ("eval", "--sidecar", sidecar, "--ppl", text_file, "--limit", 1, "--json")
+    given = kvq(*arguments, "--seq-len", 5000)
+    assert "Note: --seq-len 5000 is clamped to the model's 1024 positions" in given.stderr
+    assert given.json["texts"][0]["rows"][0]["tokens"] == 1023
+    # One window has no standard error: null, not a number that was made up.
+    assert given.json["texts"][0]["rows"][0]["perplexity_stderr"] is None
+
+
+def test_the_embedded_models_sidecar_needs_no_model(
+    kvq: Kvq, embedded: Path, text_file: Path
+) -> None:
+    small = ("--num-samples", 2, "--seq-len", 128)
+    assert kvq("calibrate", "--dataset", text_file, "-o", "q", *small).code == 0
+    ran = kvq("eval", "--ppl", text_file, "--json", *FEW)
+    assert ran.code == 0
+    assert ran.json["base_model"]["id"] == "kvq/tiny-llama"

@@ -1,0 +1,54 @@
+"""``kvq.py`` is one page of names; each is what the command of the same name uses."""
+
+from __future__ import annotations
+
+import importlib
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+import kvq
+from kvq_formats.sidecar import Sidecar
+
+if typing.TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+@pytest.mark.parametrize("name", kvq.__all__)
+def test_every_name_can_be_loaded(name: str) -> None:
+    assert getattr(kvq, name) is not None
+    assert name in dir(kvq)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="generate"):
+        getattr(kvq, "generate")  # noqa: B009 - the name does not exist on purpose
+
+
+def test_every_name_has_a_home_that_exists() -> None:
+    for module, attribute in kvq._HOMES.values():
+        assert hasattr(importlib.import_module(module), attribute)
+
+
+def test_calibrate_attach_and_evaluate(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made = kvq.calibrate(tiny_model_dir, bits=2, dataset=str(text_file), num_samples=2, seq_len=128)
+    made.save(tmp_path / "q")
+    assert isinstance(kvq.load_sidecar(tmp_path / "q"), Sidecar)
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokens = torch.arange(128).reshape(2, 64) % 300 + 2
+    with torch.no_grad():
+        before = model(tokens).logits
+        with kvq.attach(model, tmp_path / "q", rule="evaluation"):
+            attached = model(tokens).logits
+        after = model(tokens).logits
+    assert torch.equal(before, after)
+    assert not torch.equal(before, attached)
+    rows = kvq.evaluate(model, [tmp_path / "q", made], tokens=tokens)
+    assert [row.name for row in rows] == ["unquantized", "q", "sidecar 2"]
+    assert rows[1].kl == rows[2].kl > 0
