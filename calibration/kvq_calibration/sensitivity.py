@@ -1,4 +1,4 @@
-"""Sensitivity: the squared gradient of the loss at every key and value (KVQuant, section 3.2).
+"""Sensitivity: the squared gradient of the loss at every key and value (KVQuant, section 3.3).
 
 ``F = (d loss / d x)^2`` of the causal language-modelling loss, taken at pre-RoPE keys and at
 values. Weights are frozen and gradients flow through activations only; layers are recomputed in the
