@@ -111,3 +111,31 @@ def default_folder(model_name: str, config: KVQConfig) -> Path:
     key, value = config.key_bits, config.value_bits
     suffix = f"kvq{key}" if key == value else f"kvq-k{key}v{value}"
     return Path(f"{model_name}-{suffix}")
+
+
+def plan_facts(plan: CalibrationPlan, folder: Path) -> list[tuple[str, str]]:
+    """What ``--dry-run`` says."""
+    model, config = plan.model.record, plan.config
+    return [
+        ("dry run", "everything that can be checked without weights is in order"),
+        ("model", f"{model.id}, {model.fingerprint.summary}"),
+        ("text", f"{plan.source.name}, {plan.num_samples} x {plan.seq_len} tokens"),
+        ("codes", f"keys {config.key_bits} bits, values {config.value_bits} bits"),
+        *bits_facts(reported_bits(config, model.fingerprint)),
+        ("would write", str(folder)),
+    ]
+
+
+def plan_json(plan: CalibrationPlan, folder: Path) -> dict[str, Any]:
+    """The same for programs."""
+    return {
+        "dry_run": True,
+        "sidecar": str(folder),
+        "base_model": plan.model.record.model_dump(mode="json"),
+        "dataset": plan.source.name,
+        "num_samples": plan.num_samples,
+        "seq_len": plan.seq_len,
+        "seed": plan.seed,
+        "config": plan.config.model_dump(mode="json"),
+        "effective_bits": bits_json(reported_bits(plan.config, plan.model.record.fingerprint)),
+    }

@@ -76,7 +76,6 @@ class BarProgress:
         self._planned = len(stages)
 
     def __enter__(self) -> Self:
-        self._bars.start()
         return self
 
     def __exit__(
@@ -91,8 +90,10 @@ class BarProgress:
     def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:
         """Show an inner bar of ``total`` steps while the stage lasts."""
         self._opened += 1
+        # Not before: until the first stage the libraries may show bars of downloads.
+        self._bars.start()
         self._bars.update(self._outer, total=max(self._planned, self._opened), memory=peak_memory())
-        inner = self._bars.add_task(f"  {name}", total=total, memory="")
+        inner = self._bars.add_task(f"  {name}", total=total, memory=peak_memory())
 
         def done() -> None:
             self._bars.update(inner, advance=1, memory=peak_memory())

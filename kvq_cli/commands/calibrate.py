@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from kvq_cli.bits import bits_facts, bits_json, reported_bits
 from kvq_cli.options import (
     DATA,
     OUTPUT,
@@ -35,9 +34,6 @@ from kvq_cli.options import (
     option,
 )
 from kvq_cli.output import Output
-
-if TYPE_CHECKING:
-    from kvq_calibration.plan import CalibrationPlan
 
 SCHEMA = "kvq.calibrate/1"
 
@@ -197,7 +193,13 @@ def calibrate(
     output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
     from kvq_calibration.plan import plan_calibration
     from kvq_cli.assets import resolve
-    from kvq_cli.calibration import default_folder, quantization, run_plan
+    from kvq_cli.calibration import (
+        default_folder,
+        plan_facts,
+        plan_json,
+        quantization,
+        run_plan,
+    )
     from kvq_cli.output import facts
     from kvq_cli.session import remember
     from kvq_formats.sidecar import check_output_directory
@@ -257,31 +259,3 @@ def calibrate(
         facts(calibrated.facts()),
     )
     output.next(following)
-
-
-def plan_facts(plan: CalibrationPlan, folder: Path) -> list[tuple[str, str]]:
-    """What ``--dry-run`` says."""
-    model, config = plan.model.record, plan.config
-    return [
-        ("dry run", "everything that can be checked without weights is in order"),
-        ("model", f"{model.id}, {model.fingerprint.summary}"),
-        ("text", f"{plan.source.name}, {plan.num_samples} x {plan.seq_len} tokens"),
-        ("codes", f"keys {config.key_bits} bits, values {config.value_bits} bits"),
-        *bits_facts(reported_bits(config, model.fingerprint)),
-        ("would write", str(folder)),
-    ]
-
-
-def plan_json(plan: CalibrationPlan, folder: Path) -> dict[str, Any]:
-    """The same for programs."""
-    return {
-        "dry_run": True,
-        "sidecar": str(folder),
-        "base_model": plan.model.record.model_dump(mode="json"),
-        "dataset": plan.source.name,
-        "num_samples": plan.num_samples,
-        "seq_len": plan.seq_len,
-        "seed": plan.seed,
-        "config": plan.config.model_dump(mode="json"),
-        "effective_bits": bits_json(reported_bits(plan.config, plan.model.record.fingerprint)),
-    }
