@@ -12,6 +12,7 @@ again.
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,8 @@ from kvq_formats.errors import KVQError, UnsupportedModelError
 ROTARY_FUNCTION = "apply_rotary_pos_emb"
 PREFIX = "kvq_tap_"
 """Attention implementations that kvq registers while a tap is in place."""
+
+_tap_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,27 @@ def layer_index(attention: nn.Module) -> int:
     return cast(int, attention.layer_idx)
 
 
-def _wrap_rotary(rotary: Callable[..., Any], tap: AttentionTap, current: list[int | None]) -> Any:
+@dataclass
+class _Progress:
+    """Where a tapped forward is.
+
+    Fields:
+        layer_idx: layer whose attention module runs, None between them.
+        rotated: (H, D) of the keys that the layer rotated, None if it has not.
+    """
+
+    layer_idx: int | None = None
+    rotated: tuple[int, int] | None = None
+
+
+def _wrap_rotary(rotary: Callable[..., Any], tap: AttentionTap, progress: _Progress) -> Any:
     def tapped_rotary(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         # The function is shared by all models of the file; those that are not tapped pass by.
-        if current[0] is None:
+        if progress.layer_idx is None:
             return rotary(q, k, *args, **kwargs)
+        progress.rotated = (k.shape[1], k.shape[-1])
         call = RotaryCall(
-            layer_idx=current[0],
+            layer_idx=progress.layer_idx,
             query=q,
             key=k,
             rotate=lambda query, key: rotary(query, key, *args, **kwargs),
@@ -114,10 +131,10 @@ def _wrap_rotary(rotary: Callable[..., Any], tap: AttentionTap, current: list[in
 
 
 @contextmanager
-def _rotary_tapped(file: Any, tap: AttentionTap, current: list[int | None]) -> Iterator[None]:
+def _rotary_tapped(file: Any, tap: AttentionTap, progress: _Progress) -> Iterator[None]:
     """Replace the rotary function of one modeling file."""
     original = getattr(file, ROTARY_FUNCTION)
-    setattr(file, ROTARY_FUNCTION, _wrap_rotary(original, tap, current))
+    setattr(file, ROTARY_FUNCTION, _wrap_rotary(original, tap, progress))
     try:
         yield
     finally:
@@ -125,10 +142,13 @@ def _rotary_tapped(file: Any, tap: AttentionTap, current: list[int | None]) -> I
 
 
 @contextmanager
-def _attention_tapped(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
+def _attention_tapped(
+    model: PreTrainedModel, tap: AttentionTap, progress: _Progress
+) -> Iterator[None]:
     """Register an attention implementation that asks the tap, and switch the model to it."""
     original = model.config._attn_implementation
-    name = PREFIX + original
+    # A name of its own: the registry is global, and another model may be tapped meanwhile.
+    name = f"{PREFIX}{next(_tap_numbers)}_{original}"
 
     def tapped_attention(
         module: nn.Module,
@@ -138,6 +158,12 @@ def _attention_tapped(model: PreTrainedModel, tap: AttentionTap) -> Iterator[Non
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        attended = (key.shape[1], key.shape[-1])
+        if progress.rotated not in (None, attended):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} rotates keys of (heads, channels) {progress.rotated} and "
+                f"attends over {attended}; keys of which a part bypasses RoPE are not supported."
+            )
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
         call = AttentionCall(
@@ -169,7 +195,8 @@ def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
 
     Raises:
         UnsupportedModelError: no attention module was found, its modeling file has no rotary
-            function, or the model does not use transformers' attention interface.
+            function of queries and keys, or the model does not use transformers' attention
+            interface. A forward raises it where keys are rotated in part.
         KVQError: the model is tapped already.
     """
     modules = attention_modules(model)
@@ -194,16 +221,21 @@ def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
                 f"{name} rotates its keys in a way that kvq does not know: "
                 f"{file.__name__} has no {ROTARY_FUNCTION}."
             )
+        if "k" not in inspect.signature(getattr(file, ROTARY_FUNCTION)).parameters:
+            raise UnsupportedModelError(
+                f"{name} rotates its keys in a way that kvq does not know: {ROTARY_FUNCTION} of "
+                f"{file.__name__} does not take queries and keys together."
+            )
 
-    current: list[int | None] = [None]
+    progress = _Progress()
     decoder = model.base_model
     signature = inspect.signature(decoder.forward)
 
     def enter_layer(module: nn.Module, _args: Any) -> None:
-        current[0] = layer_index(module)
+        progress.layer_idx, progress.rotated = layer_index(module), None
 
     def leave_layer(_module: nn.Module, _args: Any, _output: Any) -> None:
-        current[0] = None
+        progress.layer_idx = None
 
     def enter_forward(_module: nn.Module, args: Any, kwargs: Any) -> None:
         tap.on_forward(signature.bind_partial(*args, **kwargs).arguments)
@@ -214,6 +246,6 @@ def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
             stack.callback(module.register_forward_hook(leave_layer, always_call=True).remove)
         stack.callback(decoder.register_forward_pre_hook(enter_forward, with_kwargs=True).remove)
         for file in files:
-            stack.enter_context(_rotary_tapped(file, tap, current))
-        stack.enter_context(_attention_tapped(model, tap))
+            stack.enter_context(_rotary_tapped(file, tap, progress))
+        stack.enter_context(_attention_tapped(model, tap, progress))
         yield

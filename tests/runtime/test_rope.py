@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -110,6 +111,46 @@ def test_another_model_of_the_same_file_is_not_tapped() -> None:
         assert torch.equal(bystander(ids).logits, stock)
     assert recorder.keys == {}
     assert recorder.values == {}
+
+
+@torch.no_grad()
+def test_two_models_of_one_file_are_tapped_apart() -> None:
+    models = make_tiny_llama(), make_tiny_llama(seed=1)
+    ids = torch.randint(3, 300, (1, 20))
+    stock = [model(ids).logits for model in models]
+    outer, inner = Recorder(), Recorder()
+    with tap_attention(models[0], outer):
+        with tap_attention(models[1], inner):
+            assert torch.equal(models[0](ids).logits, stock[0])
+            assert (sorted(outer.values), inner.values) == ([0, 1], {})
+            assert torch.equal(models[1](ids).logits, stock[1])
+        assert sorted(inner.values) == [0, 1]
+        assert not torch.equal(inner.keys[0], outer.keys[0])
+        assert torch.equal(models[0](ids).logits, stock[0])
+
+
+@pytest.mark.parametrize("model_type", ["phi", "stablelm", "persimmon"])
+def test_keys_of_which_a_part_bypasses_rope_are_refused(model_type: str) -> None:
+    """Half of the channels never reach the rotary function: they would stay exact unseen."""
+    model = make_tiny_family(model_type)
+    with (
+        tap_attention(model, AttentionTap()),
+        pytest.raises(UnsupportedModelError, match="bypasses RoPE"),
+    ):
+        model(torch.randint(3, 199, (1, 8)))
+    # The failure leaves nothing behind.
+    model(torch.randint(3, 199, (1, 8)))
+
+
+def test_a_rotary_function_of_one_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny_llama()
+    file = sys.modules[type(model).__module__]
+    monkeypatch.setattr(file, rope.ROTARY_FUNCTION, lambda x, cos, sin: x)
+    with (
+        pytest.raises(UnsupportedModelError, match="queries and keys together"),
+        tap_attention(model, AttentionTap()),
+    ):
+        pass
 
 
 def test_a_second_tap_is_refused() -> None:
