@@ -155,15 +155,22 @@ def banded_attention(
 
     Returns: ``[B, T, HQ, D]`` in the query's dtype.
 
-    Raises: UnsupportedModelError for learned sinks, sliding windows and dropout.
+    Raises: UnsupportedModelError for learned sinks, windows shorter than the text, and dropout.
     """
-    for name in ("s_aux", "sliding_window", "dropout", "head_mask"):
-        if options.get(name) not in (None, 0.0):
+    B, HQ, T, D = query.shape
+    window = options.get("sliding_window")
+    refused = {
+        "s_aux": options.get("s_aux") is not None,
+        "head_mask": options.get("head_mask") is not None,
+        "dropout": bool(options.get("dropout")),
+        "sliding_window": window is not None and window < T,
+    }
+    for name, given in refused.items():
+        if given:
             raise UnsupportedModelError(
                 f"attention option {name} is not supported together with recent tokens.",
                 hint="calibrate with --recent-tokens 0",
             )
-    B, HQ, T, D = query.shape
     groups = HQ // decoded[0].shape[1]
     key, value, exact_key, exact_value = (
         x.float().repeat_interleave(groups, dim=1) for x in (*decoded, *exact)

@@ -131,11 +131,22 @@ def test_custom_masks_are_refused(model: LlamaForCausalLM, ids: Tensor) -> None:
         logits(model, ids, mask)
 
 
-@pytest.mark.parametrize("option", ["s_aux", "sliding_window"])
-def test_a_band_refuses_what_it_does_not_honour(option: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "value"), [("s_aux", torch.ones(4)), ("sliding_window", 4), ("dropout", 0.1)]
+)
+def test_a_band_refuses_what_it_does_not_honour(option: str, value: object) -> None:
     q, kv = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
     with pytest.raises(UnsupportedModelError, match=option):
-        banded_attention(q, (kv, kv), (kv, kv), band=2, mask=None, options={option: 4})
+        banded_attention(q, (kv, kv), (kv, kv), band=2, mask=None, options={option: value})
+
+
+def test_a_window_that_hides_nothing_is_no_matter() -> None:
+    q, kv = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    found, expected = (
+        banded_attention(q, (kv, kv), (kv, kv), band=2, mask=None, options=options)
+        for options in ({"sliding_window": 8, "dropout": 0.0}, {})
+    )
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
