@@ -18,6 +18,17 @@ STATE_SPACE_KEYS = frozenset(
 )
 """Keys by which configurations mix attention with recurrent layers without ``layer_types``."""
 
+ROPE_ON_SLIDING_LAYERS = frozenset(
+    {"afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1"}
+)
+"""Families whose sliding layers rotate their keys and whose full layers do not."""
+
+ROPE_ON_PART_OF_A_KEY = frozenset({"persimmon", "phi", "stablelm"})
+"""Families that split keys before the rotary function and rotate one part."""
+
+NORM_AFTER_ROPE = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe"})
+"""Families whose k-norm follows RoPE: keys before RoPE are not what attention reads, rotated."""
+
 
 def text_config(config: PreTrainedConfig) -> Mapping[str, Any]:
     """The configuration of the text decoder as a dict."""
@@ -102,6 +113,7 @@ def _reasons_against_attention(facts: Mapping[str, Any]) -> Iterator[str]:
         yield "shares one cache among several layers"
     if facts.get("model_type") == "llama4_text":
         yield "rotates its keys as complex numbers (Llama 4)"
+    yield from _reasons_against_rope(facts)
     if facts.get("alibi"):
         yield "has ALiBi position biases instead of rotary embeddings"
     fingerprint = Fingerprint.from_config(facts)
@@ -111,6 +123,18 @@ def _reasons_against_attention(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"has vectors of two sizes ({sizes})"
     if fingerprint.rope == {"rope_type": "none"}:
         yield "has no rotary position embeddings"
+
+
+def _reasons_against_rope(facts: Mapping[str, Any]) -> Iterator[str]:
+    model_type = facts.get("model_type")
+    # SmolLM3 lists a layer with RoPE as 1 and one without as 0.
+    unrotated = 0 in (facts.get("no_rope_layers") or ())
+    if unrotated or (model_type in ROPE_ON_SLIDING_LAYERS and facts.get("sliding_window")):
+        yield f"has layers without RoPE that attend to the whole context (type {model_type})"
+    if model_type in ROPE_ON_PART_OF_A_KEY:
+        yield f"rotates a part of each key apart from the rest (type {model_type})"
+    if model_type in NORM_AFTER_ROPE:
+        yield f"normalises its keys after RoPE (type {model_type})"
 
 
 def _layer_types(facts: Mapping[str, Any]) -> list[str]:
