@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvq_formats.errors import CalibrationError
@@ -86,6 +87,18 @@ def finite(x: Tensor, *, layer_idx: int, what: str) -> Tensor:
 def token_rows(x: Tensor, *, sink_tokens: int) -> Tensor:
     """``[B, H, T, D]`` -> ``[B * (T - sinks), H, D]``: tokens after the sinks of each row."""
     return x.detach()[:, :, sink_tokens:].transpose(1, 2).flatten(0, 1)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off; every module's own mode is back on exit."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()

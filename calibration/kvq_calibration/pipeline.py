@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvq_calibration import kmeans
-from kvq_calibration.capture import KeyValueTap, finite, run_decoder, token_rows
+from kvq_calibration.capture import (
+    KeyValueTap,
+    evaluation_mode,
+    finite,
+    run_decoder,
+    token_rows,
+)
 from kvq_calibration.qnorm import fit_qnorm
 from kvq_calibration.residuals import OutlierHistogram, fit_outlier_step
 from kvq_calibration.sensitivity import LossScale, activation_gradients, backward
@@ -70,23 +76,27 @@ class NormalisedPoints:
         """Share of the entries that lie outside the thresholds."""
         return self.outlier_entries / max(self.entries, 1)
 
+    @property
+    def _inliers(self) -> kmeans.WeightedBins:
+        # No sensitivity at all (a layer that the loss does not reach): plain k-means.
+        return self.weighted if self.weighted.total_weight > 0 else self.counted
+
     def fit(self, bits: int, config: KVQConfig) -> Codebook:
         """The codebook, Q-Norm folded in if it is on, snapped to its grid."""
         solver = {"exact": kmeans.fit_codebook, "sklearn": kmeans.fit_codebook_sklearn}
-        # No sensitivity at all (a layer that the loss does not reach): plain k-means.
-        bins = self.weighted if self.weighted.total_weight > 0 else self.counted
-        entries = solver[config.kmeans](bins, 1 << bits)
+        entries = solver[config.kmeans](self._inliers, 1 << bits)
         scale, shift = fit_qnorm(self.counted, entries) if config.qnorm else (1.0, 0.0)
         return Codebook.fit_grid(entries, qnorm_scale=scale, qnorm_shift=shift)
 
     def relative_error(self, codebook: Codebook) -> float:
         """Weighted squared error of the inliers over their weighted square."""
-        square = self.weighted.total_square
+        bins = self._inliers
+        square = bins.total_square
         if square == 0:
             return 0.0
-        centroids = self.weighted.centroids
+        centroids = bins.centroids
         decoded = codebook.decode(codebook.encode(centroids.float())).double()
-        error = self.weighted.weight * (centroids - decoded).square() + self.weighted.spread
+        error = bins.weight * (centroids - decoded).square() + bins.spread
         return float(error.sum()) / square
 
 
@@ -260,22 +270,19 @@ def calibrate(
             hint="--seq-len, or fewer --sink-tokens",
         )
     layers = quantized_layers(model.config)
-    was_training = model.training
-    model.eval()
     try:
-        thresholds = find_thresholds(
-            model, windows, config, layers, batch_size=batch_size, progress=progress
-        )
-        points = measure_points(
-            model, windows, config, thresholds, batch_size=batch_size, progress=progress
-        )
+        with evaluation_mode(model):
+            thresholds = find_thresholds(
+                model, windows, config, layers, batch_size=batch_size, progress=progress
+            )
+            points = measure_points(
+                model, windows, config, thresholds, batch_size=batch_size, progress=progress
+            )
     except torch.OutOfMemoryError as error:
         raise CalibrationError(
             f"out of GPU memory while measuring {windows.shape[1]} tokens at a time: {error}",
             hint="--batch-size 1, --seq-len 1024, or --sensitivity none",
         ) from error
-    finally:
-        model.train(was_training)
     parameters, statistics = {}, {}
     with progress.stage("codebooks", len(layers)) as advance:
         for layer in layers:

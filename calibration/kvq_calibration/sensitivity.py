@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from kvq_calibration.capture import KeyValueTap
+from kvq_calibration.capture import KeyValueTap, evaluation_mode
 from kvq_formats.errors import CalibrationError
 
 FIRST_LOSS_SCALE = 2.0**6
 LAST_LOSS_SCALE = 2.0**-18
+
+CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
+"""Where transformers keeps how a module recomputes."""
 
 
 @contextmanager
@@ -29,18 +32,25 @@ def activation_gradients(model: PreTrainedModel) -> Iterator[None]:
     Only the checkpointed layers themselves are put in training mode, which is what switches
     recomputation on; dropout and everything else below them stays in evaluation mode.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    checkpointing = [
+        (module, module.gradient_checkpointing, getattr(module, CHECKPOINT_FUNCTION, None))
+        for module in model.modules()
+        if hasattr(module, "gradient_checkpointing")
+    ]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     with ExitStack() as stack:
 
         def restore() -> None:
-            for module, training in modes:
-                module.training = training
             for parameter, requires_grad in wanted:
                 parameter.requires_grad_(requires_grad)
+            for module, enabled, function in checkpointing:
+                module.gradient_checkpointing = enabled
+                if function is not None:
+                    setattr(module, CHECKPOINT_FUNCTION, function)
 
         stack.callback(restore)
-        model.eval()
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(torch.enable_grad())
         model.requires_grad_(False)
         embeddings = model.get_input_embeddings()
         hook = embeddings.register_forward_hook(_require_gradient)

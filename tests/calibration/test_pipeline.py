@@ -89,8 +89,7 @@ def test_batches_only_change_rounding(batch_size: int) -> None:
     for layer in expected.layers:
         ours, theirs = found.layers[layer], expected.layers[layer]
         torch.testing.assert_close(ours.key.center, theirs.key.center, rtol=1e-4, atol=1e-5)
-        # The loss is a mean over the batch: weights scale, codebooks do not. A point near a bin's
-        # edge may change its bin.
+        # Sums come in another order; a point near a bin's edge may change its bin.
         gap = ours.key.codebook.entries - theirs.key.codebook.entries
         assert gap.abs().max() < 2 * 2 / 4096 + 1e-3
 
@@ -204,6 +203,24 @@ def test_a_channel_that_hardly_ever_moves_is_no_trouble() -> None:
     half_range = sidecar.layers[0].key.half_range
     assert (half_range > 0).all()
     assert divergence(model, sidecar) < 1
+
+
+def test_each_module_keeps_its_mode() -> None:
+    model = make_tiny_llama()
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    run(model, windows(num=2))
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_points_without_sensitivity_are_not_called_exact() -> None:
+    points = NormalisedPoints()
+    z = torch.linspace(-1, 1, 1000)
+    points.add(z, torch.zeros(1000, dtype=torch.bool), torch.zeros(1000))
+    codebook = points.fit(2, KVQConfig())
+    # Four equal parts of a uniform density: (1/4)^2 / 3 over 1/3.
+    assert points.relative_error(codebook) == pytest.approx(1 / 16, rel=0.01)
 
 
 def test_nan_activations_name_the_layer() -> None:

@@ -75,6 +75,21 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
+# transformers 5.23 renamed what this test calls; earlier ones know these names only.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_caller_that_checkpoints_and_wants_no_gradients() -> None:
+    model = make_tiny_llama()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    tap = KeyValueTap(layers=(0, 1))
+    with torch.no_grad(), tap_attention(model, tap), activation_gradients(model):
+        found = backward(model, tap, torch.randint(3, 300, (1, 20)), LossScale(torch.float32))
+    assert all(f.max() > 0 for pair in found.values() for f in pair)
+    assert model.is_gradient_checkpointing
+    after = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    assert after == functions
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gives_the_same_picture(dtype: torch.dtype) -> None:
     model = make_tiny_llama()
