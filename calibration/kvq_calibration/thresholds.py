@@ -1,7 +1,7 @@
 """Outlier thresholds of the keys: two quantiles of each channel, found while the text streams by.
 
-KVQuant, sections 3.4 and 3.6: ``lower`` and ``upper`` are the ``f/2`` and ``1 - f/2`` quantiles of a channel
-over the calibration tokens; ``f = 0`` gives minimum and maximum.
+KVQuant, sections 3.4 and 3.6: ``lower`` and ``upper`` are the ``f/2`` and ``1 - f/2`` quantiles
+of a channel over the calibration tokens; ``f = 0`` gives minimum and maximum.
 """
 
 from __future__ import annotations
