@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+# Reading a sidecar's header needs the statistics below and must not cost an import of torch.
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from kvq_formats.codebook import Codebook
+    from kvq_formats.codebook import Codebook
 
 
 @dataclass(frozen=True)
