@@ -197,7 +197,8 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: in
 def write_readme(args: argparse.Namespace, facts: dict, output: Path) -> None:
     curve = facts["curve"]
     stride = max(1, len(curve) // 12)
-    rows = [f"| {s} | {t} | {n} | {loss:.3f} |" for s, t, n, loss in curve[::stride] + curve[-1:]]
+    shown = curve[:-1:stride] + curve[-1:]
+    rows = [f"| {s} | {t} | {n} | {loss:.3f} |" for s, t, n, loss in shown]
     samples = "\n\n".join("> " + text.replace("\n", "\n> ") for text in facts["samples"])
     dev = "\n".join(f"| `{name}` | {value:.3f} |" for name, value in facts["dev"].items())
     mixture = "\n".join(
