@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvq_cli.output import Output, table
-from kvq_formats.errors import GateMissedError
+from kvq_formats.errors import ConfigError, GateMissedError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -126,6 +127,16 @@ class Gate:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {**asdict(self), "passed": self.passed}
+
+
+def check_limits(*, max_ppl_increase: float | None, max_kl: float | None) -> None:
+    """Refuse bars that nothing can be compared with; raises ConfigError."""
+    for flag, limit in {"--max-ppl-increase": max_ppl_increase, "--max-kl": max_kl}.items():
+        if limit is not None and not (math.isfinite(limit) and limit >= 0):
+            raise ConfigError(
+                f"{flag} is {limit:g}, expected a number of at least 0.",
+                hint=f"{flag} 0.1, or leave it out for no bar",
+            )
 
 
 def check_gates(

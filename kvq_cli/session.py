@@ -33,15 +33,34 @@ def cache_folder() -> Path:
     return Path(HF_ASSETS_CACHE) / "kvq"
 
 
-def check_file(path: Path) -> Path:
-    """Say whether a file can be written, before the costly work starts; raises OutputError."""
-    existing = path.expanduser().absolute().parent
+def check_file(path: Path, *, schema: str) -> Path:
+    """Say whether a file can be written, before the costly work starts; raises OutputError.
+
+    A file that exists is replaced only if it is empty or JSON of the same ``schema``: what ``-o``
+    names by mistake is a text or a sidecar.
+    """
+    path = path.expanduser()
+    existing = path.absolute().parent
     while not existing.exists():
         existing = existing.parent
     if path.is_dir() or not existing.is_dir() or not os.access(existing, os.W_OK):
         what = "is a folder" if path.is_dir() else f"cannot be written in {existing}"
         raise OutputError(f"{path} {what}; expected a file to write to.", hint="-o results.json")
+    if path.is_file() and path.stat().st_size and _schema(path) != schema:
+        raise OutputError(
+            f"{path} exists and holds something else; kvq replaces only results of its own.",
+            hint="-o another file",
+        )
     return path
+
+
+def _schema(path: Path) -> object:
+    """What a JSON file says that it is; None if it is no such file."""
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return document.get("schema") if isinstance(document, dict) else None
 
 
 def write_json(path: Path, payload: dict[str, Any]) -> None:

@@ -154,6 +154,7 @@ def evaluate(
     from kvq_cli.assets import resolve
     from kvq_cli.measurement import (
         check_gates,
+        check_limits,
         cut_texts,
         measure,
         raise_missed,
@@ -167,7 +168,8 @@ def evaluate(
     from kvq_runtime.models import load_model, load_tokenizer
     from kvq_runtime.sidecars import find_sidecar
 
-    saved = new_results_file() if destination is None else check_file(destination)
+    check_limits(max_ppl_increase=max_ppl_increase, max_kl=max_kl)
+    saved = check_file(new_results_file() if destination is None else destination, schema=SCHEMA)
     given = list(sidecar) if sidecar else [str(current_sidecar(output))]
     paths = [find_sidecar(name) for name in given]
     sidecars = dict(zip(row_names(given), map(Sidecar.load, paths), strict=True))

@@ -150,6 +150,9 @@ def test_another_model_of_the_same_shape_is_a_warning(
         (("-o", "."), 1, "is a folder"),
         (("--sidecar", "nowhere"), 1, "nowhere"),
         (("--limit", 0), 2, "--limit"),
+        (("--max-kl", "nan"), 2, "--max-kl is nan"),
+        (("--max-ppl-increase", "inf"), 2, "--max-ppl-increase is inf"),
+        (("--max-kl", -1), 2, "--max-kl is -1"),
     ],
 )
 def test_bad_options(
@@ -159,6 +162,35 @@ def test_bad_options(
     ran = kvq("eval", *options, "--json")
     assert ran.code == code
     assert message in ran.json["error"]["message"]
+
+
+def test_results_replace_results_only(
+    kvq: Kvq, sidecar: Path, text_file: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("a text of mine")
+    arguments = ("eval", "--sidecar", sidecar, "--ppl", text_file, *FEW, "--json")
+    for file in (mine, sidecar / "kvq.safetensors", sidecar / "kvq_config.json"):
+        before = file.read_bytes()
+        ran = kvq(*arguments, "-o", file)
+        assert ran.code == 1
+        assert "holds something else" in ran.json["error"]["message"]
+        assert file.read_bytes() == before
+    assert kvq(*arguments, "-o", "r.json").code == 0
+    assert kvq(*arguments, "-o", "r.json").code == 0
+
+
+def test_results_that_cannot_be_kept_stop_before_the_work(
+    kvq: Kvq, sidecar: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_weights(*_: object, **__: object) -> None:
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr("kvq_runtime.models.load_model", no_weights)
+    monkeypatch.setenv("KVQ_CACHE", str(text_file))
+    ran = kvq("eval", "--sidecar", sidecar, "--ppl", text_file, *FEW, "--json")
+    assert ran.code == 1
+    assert ran.json["error"]["type"] == "OutputError"
 
 
 def test_nothing_calibrated_yet(kvq: Kvq) -> None:
