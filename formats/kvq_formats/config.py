@@ -57,7 +57,17 @@ class KVQConfig(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
+            wanted = f"expected {bounds}" if (bounds := cls.bounds(name)) else first["msg"].lower()
             raise ConfigError(
-                f"option {name} is {first['input']!r}: {first['msg'].lower()}.",
+                f"option {name} is {first['input']!r}: {wanted}.",
                 hint="kvq calibrate --help lists the options and their ranges",
             ) from error
+
+    @classmethod
+    def bounds(cls, name: str) -> str | None:
+        """The range of a number, as ``0 to 0.2``; None for what is no number or no option."""
+        field = cls.model_fields.get(name)
+        limits = field.metadata if field else []
+        low = next((limit.ge for limit in limits if hasattr(limit, "ge")), None)
+        high = next((limit.le for limit in limits if hasattr(limit, "le")), None)
+        return None if low is None or high is None else f"{low:g} to {high:g}"

@@ -71,7 +71,7 @@ def calibrate(
         option(
             "--outlier-fraction",
             panel=QUANTIZATION,
-            help="Share of entries that the thresholds leave outside; 0 keeps no outliers.",
+            help="Share of entries that the thresholds leave outside, 0 to 0.2; 0: none.",
         ),
     ] = 0.01,
     outlier_capacity: Annotated[
@@ -79,7 +79,7 @@ def calibrate(
         option(
             "--outlier-capacity",
             panel=QUANTIZATION,
-            help="Room for key outliers, as a share of a page's entries.",
+            help="Room for key outliers, as a share of a page's entries, 0 to 0.2.",
         ),
     ] = 0.01,
     sink_tokens: Annotated[
@@ -87,7 +87,7 @@ def calibrate(
         option(
             "--sink-tokens",
             panel=QUANTIZATION,
-            help="First tokens of a text that stay unquantized.",
+            help="First tokens of a text that stay unquantized, 0 to 1024.",
         ),
     ] = 1,
     recent_tokens: Annotated[
@@ -95,7 +95,7 @@ def calibrate(
         option(
             "--recent-tokens",
             panel=QUANTIZATION,
-            help="Newest tokens that stay unquantized.",
+            help="Newest tokens that stay unquantized, 0 to 65536.",
         ),
     ] = 0,
     value_grain: Annotated[

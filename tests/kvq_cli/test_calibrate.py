@@ -127,7 +127,7 @@ def test_windows_longer_than_the_model_are_clamped_with_a_note(
     [
         (("--bits", 9), 2, "--bits is 9, expected 2, 3 or 4"),
         (("--value-bits", 1), 2, "--value-bits is 1"),
-        (("--outlier-fraction", 0.5), 2, "outlier_fraction"),
+        (("--outlier-fraction", 0.5), 2, "outlier_fraction is 0.5: expected 0 to 0.2"),
         (("--outlier-fraction", "nan"), 2, "outlier_fraction"),
         (("--sink-tokens", -1), 2, "sink_tokens"),
         (("--dataset", "builtin", "--split", "train"), 2, "--split"),
