@@ -39,7 +39,10 @@ def find_sidecar(name: str | os.PathLike[str], *, revision: str | None = None) -
         )
         if explained is None:
             raise
-        raise explained from error
+        # A path with one slash looks like an id: the nearer mistake is said first.
+        raise SidecarError(
+            f"there is no sidecar at {path}; as a Hub id: {explained.message}", hint=explained.hint
+        ) from error
     if not (Path(folder) / TENSORS_FILE).is_file():
         raise SidecarError(
             f"{repo_id} is not a sidecar: the repository has no {TENSORS_FILE}.",

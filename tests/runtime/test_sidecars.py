@@ -51,6 +51,7 @@ def test_without_network_it_is_a_sidecar_error(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     monkeypatch.setattr(sidecars, "is_reachable", lambda: False)
-    with pytest.raises(SidecarError, match="does not hold org/sidecar") as caught:
+    expected = "no sidecar at org/sidecar; as a Hub id: the local cache does not hold"
+    with pytest.raises(SidecarError, match=expected) as caught:
         sidecars.find_sidecar("org/sidecar")
     assert "hf download org/sidecar" in (caught.value.hint or "")
