@@ -91,12 +91,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except typer.TyperException as error:
         output.error(KVQError(error.format_message(), hint="kvq --help"), kind="UsageError")
         code = error.exit_code
+    except BrokenPipeError:
+        code = _reader_left()
     except Exception as error:
         code = _report(error, output)
     if code == INTERRUPTED:
         interrupted = KVQError("interrupted; nothing half-written is left behind.")
         output.error(interrupted, kind="Interrupted")
     sys.exit(code or 0)
+
+
+def _reader_left() -> int:
+    """The reader of stdout has closed it (``| head``): nothing to say, and nobody to say it to."""
+    # Python flushes stdout when it ends, which must not fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 def _report(error: Exception, output: Output) -> int:

@@ -60,8 +60,10 @@ class Output:
         from rich.text import Text
 
         if self.as_json:
-            print(json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False))
+            text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False)
+            # Set first: where stdout is full or closed, an error belongs on stderr.
             self.json_printed = True
+            print(text, flush=True)
             return
         for part in parts:
             # Text is never cut or folded: it may be a path that is copied.

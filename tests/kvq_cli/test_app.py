@@ -171,3 +171,21 @@ def test_importing_the_library_imports_nothing_heavy() -> None:
     script = "import kvq, sys; print(*{name.split('.')[0] for name in sys.modules})"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not HEAVY & set(ran.stdout.split())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_stdout_is_one_error_on_stderr() -> None:
+    command = [sys.executable, "-c", "from kvq_cli.app import main; main(['env', '--json'])"]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ran.stderr.startswith("Error: no space left on the disk")
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from kvq_cli.app import main; main(['env', '--json'])"]
+    ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (1, "")
