@@ -77,8 +77,10 @@ class Codebook:
 
     def encode(self, z: Tensor) -> Tensor:
         """Codes u8 of normalised numbers, f32, any shape; beyond [-1, 1] the end entries clamp."""
-        codes = torch.bucketize(z.contiguous(), self.midpoints.to(z.device))
-        return codes.to(torch.uint8)
+        codes = torch.zeros_like(z, dtype=torch.uint8)
+        for midpoint in self.midpoints.tolist():
+            codes += z > midpoint
+        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
         """Normalised numbers f32 of codes u8, any shape."""

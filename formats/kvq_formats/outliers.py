@@ -69,15 +69,18 @@ def keep_largest(magnitude: Tensor, candidates: Tensor, room: Tensor) -> Tensor:
     Args:
         magnitude: f32 ``[P, H, E]``, size of each entry's residual.
         candidates: bool ``[P, H, E]``.
-        room: i64 ``[P]``, entries that a page has room for.
+        room: i64 ``[P]``, entries that a page has room for, at least 1.
 
     Returns: bool ``[P, H, E]``. Equal magnitudes go by their place, first come first.
     """
     ranked = torch.where(candidates, magnitude, -1.0)
-    order = ranked.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(ranked.shape[-1], device=ranked.device)
-    within = (places < room[:, None, None]).expand_as(order)
-    return torch.zeros_like(candidates).scatter(-1, order, within) & candidates
+    most = min(int(room.max()), ranked.shape[-1])
+    largest = ranked.topk(most, dim=-1).values
+    last = (room.clamp(max=most) - 1)[:, None, None].expand(*ranked.shape[:2], 1)
+    threshold = largest.gather(-1, last)
+    above, level = ranked > threshold, ranked == threshold
+    left = room[:, None, None] - above.sum(-1, keepdim=True)
+    return candidates & (above | (level & (level.cumsum(-1) <= left)))
 
 
 def quantize_residuals(residual: Tensor, *, step: float, index_bits: int) -> Tensor:
