@@ -4,7 +4,8 @@
     python benchmarks/commands.py [--skip demo] [-o CSV]
 
 ``help`` is run ten times and the median counts; the others once. Peak memory is the resident set of
-the command's own process.
+the command's own process. Until it starts that process is a copy of this one, so that nothing large
+may be imported here.
 """
 
 from __future__ import annotations
