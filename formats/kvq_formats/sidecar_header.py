@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,6 +22,8 @@ TENSORS_FILE = "kvq.safetensors"
 CONFIG_FILE = "kvq_config.json"
 CARD_FILE = "README.md"
 
+HASH_FIELD = "document_sha256"
+
 MAX_HEADER_BYTES = 100_000_000
 """safetensors refuses longer headers; so a first word that asks for more is no safetensors file."""
 
@@ -36,6 +39,8 @@ class SidecarHeader(BaseModel):
         config, base_model, calibration, statistics: as in ``Sidecar``.
         effective_bits: at 32,768 tokens (see ``effective_bits``).
         tensors_sha256: of names, dtypes, shapes and bytes (see ``sidecar_tensors``).
+
+    The JSON has one field more, ``document_sha256``, which covers the others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,8 +55,11 @@ class SidecarHeader(BaseModel):
     tensors_sha256: str
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """JSON with sorted keys; the same header always gives the same text."""
-        return json.dumps(self.model_dump(), indent=indent, sort_keys=True, allow_nan=False)
+        """JSON with sorted keys and its hash; the same header always gives the same text."""
+        document = self.model_dump()
+        # Hashed as a reader will see it: the layers' indices are strings there.
+        document[HASH_FIELD] = document_sha256(json.loads(json.dumps(document, allow_nan=False)))
+        return json.dumps(document, indent=indent, sort_keys=True, allow_nan=False)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Self:
@@ -63,16 +71,24 @@ class SidecarHeader(BaseModel):
         """
         file = locate(path)
         document = _document(file)
+        # The hash comes before the comparison, so that the file that was altered is the one named.
+        _check_hash(file, document)
         _compare_with_readable(file, document)
-        unknown = sorted(set(document) - set(cls.model_fields))
+        unknown = sorted(set(document) - {*cls.model_fields, HASH_FIELD})
         if unknown:
             logger.warning("%s: ignoring keys unknown to this version: %s", file, unknown)
         try:
-            return cls.model_validate({k: v for k, v in document.items() if k not in unknown})
+            return cls.model_validate({k: document[k] for k in cls.model_fields if k in document})
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             raise altered(file, f"its field {name}: {first['msg'].lower()}") from error
+
+
+def document_sha256(document: dict[str, Any]) -> str:
+    """SHA-256 of a header's JSON as it was parsed, without the hash itself, in hexadecimal."""
+    hashed = {key: value for key, value in document.items() if key != HASH_FIELD}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -125,6 +141,13 @@ def _document(file: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION or document.get("format_version") != version:
         raise altered(file, f"format {version} and {document.get('format_version')} were found")
     return document
+
+
+def _check_hash(file: Path, document: dict[str, Any]) -> None:
+    if HASH_FIELD not in document:
+        raise altered(file, f"its field {HASH_FIELD} is missing")
+    if document[HASH_FIELD] != document_sha256(document):
+        raise altered(file, "the hash of its configuration is not the one that it states")
 
 
 def _read_safetensors_header(file: Path) -> dict[str, Any]:

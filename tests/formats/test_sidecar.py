@@ -32,6 +32,7 @@ from kvq_formats.parameters import (
 )
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar, check_output_directory
+from kvq_formats.sidecar_header import document_sha256
 from kvq_formats.sidecar_tensors import layer_tensors, tensors_sha256
 
 H, D = 2, 16
@@ -96,7 +97,7 @@ def rewrite(
     *,
     rehash: bool = True,
 ) -> None:
-    """Alter a sidecar as an outsider would, with its hash put right unless asked otherwise."""
+    """Alter a sidecar as an outsider would, with its hashes put right unless asked otherwise."""
     file = directory / "kvq.safetensors"
     tensors = load_file(file)
     with safe_open(file, framework="pt") as reader:
@@ -107,8 +108,8 @@ def rewrite(
         document["tensors_sha256"] = tensors_sha256(
             {k: v for k, v in tensors.items() if v.dtype in (torch.float32, torch.uint8)}
         )
-    if metadata.get("kvq_config", "") != "broken":
-        metadata["kvq_config"] = json.dumps(document)
+        document["document_sha256"] = document_sha256(document)
+    metadata["kvq_config"] = json.dumps(document)
     save_file(tensors, file, metadata)
     (directory / "kvq_config.json").unlink(missing_ok=True)
 
@@ -180,23 +181,26 @@ def test_metadata_and_json_agree(saved: Path) -> None:
         "statistics",
         "effective_bits",
         "tensors_sha256",
+        "document_sha256",
     }
     assert document["effective_bits"]["tokens"] == 32768
     assert document["statistics"]["10"]["key_error"] == 10.1
 
 
-def test_the_stated_hash_can_be_computed_from_the_file_alone(saved: Path) -> None:
+def test_the_stated_hashes_can_be_computed_from_the_file_alone(saved: Path) -> None:
     """As docs/sidecar-format.md describes it, without our code or safetensors."""
     content = (saved / "kvq.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    stated = json.loads(header.pop("__metadata__")["kvq_config"])["tensors_sha256"]
+    document = json.loads(header.pop("__metadata__")["kvq_config"])
     digest = hashlib.sha256()
     for name, entry in sorted(header.items()):
         shape = ",".join(map(str, entry["shape"]))
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         digest.update(f"{name} {entry['dtype']} [{shape}]\n".encode() + content[begin:end])
-    assert digest.hexdigest() == stated
+    assert digest.hexdigest() == document["tensors_sha256"]
+    stated = document.pop("document_sha256")
+    assert hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest() == stated
 
 
 def test_peek_reads_all_but_the_tensors(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,6 +540,41 @@ def test_swapped_tensors_are_found_by_the_hash(saved: Path) -> None:
     rewrite(saved, swap, rehash=False)
     with pytest.raises(SidecarError, match="hash of its tensors"):
         Sidecar.load(saved)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (r"\"outlier_fraction\": 0.01", r"\"outlier_fraction\": 0.02"),
+        (r"\"sink_tokens\": 1", r"\"sink_tokens\": 2"),
+        (r"\"key_outlier_share\": 0.01", r"\"key_outlier_share\": 0.09"),
+        (r"\"org/tiny\"", r"\"org/tinY\""),
+        (r"\"tensors_sha256\"", r"\"tensors_sha265\""),
+    ],
+)
+def test_a_number_edited_in_place_is_found_by_the_hash(
+    saved: Path, before: str, after: str, alone: bool
+) -> None:
+    file = saved / "kvq.safetensors"
+    if alone:
+        (saved / "kvq_config.json").unlink()
+    content = file.read_bytes()
+    assert before.encode() in content
+    file.write_bytes(content.replace(before.encode(), after.encode(), 1))
+    for read in (Sidecar.load, Sidecar.peek):
+        with pytest.raises(
+            SidecarError, match=r"kvq\.safetensors is damaged or was altered: .*hash"
+        ):
+            read(saved)
+
+
+def test_a_document_without_its_hash(saved: Path) -> None:
+    rewrite(
+        saved, lambda tensors, metadata, document: document.pop("document_sha256"), rehash=False
+    )
+    with pytest.raises(SidecarError, match="document_sha256 is missing"):
+        Sidecar.peek(saved)
 
 
 def set_tensor(name: str, value: torch.Tensor | None) -> Callable[..., None]:
