@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvq_formats.errors import KVQError as KVQError
     from kvq_formats.sidecar import Sidecar as Sidecar
     from kvq_runtime.attach import attach as attach
+    from kvq_runtime.embedded import embedded_model_path as embedded_model_path
     from kvq_runtime.sidecars import open_sidecar as load_sidecar
 
     __version__: str
@@ -32,6 +33,7 @@ _HOMES = {
     "Sidecar": ("kvq_formats.sidecar", "Sidecar"),
     "attach": ("kvq_runtime.attach", "attach"),
     "calibrate": ("kvq_calibration.plan", "calibrate_from_text"),
+    "embedded_model_path": ("kvq_runtime.embedded", "embedded_model_path"),
     "evaluate": ("kvq_evaluation.sidecars", "evaluate_on_tokens"),
     "load_sidecar": ("kvq_runtime.sidecars", "open_sidecar"),
 }
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "attach",
     "calibrate",
+    "embedded_model_path",
     "evaluate",
     "load_sidecar",
 ]

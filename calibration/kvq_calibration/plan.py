@@ -140,7 +140,7 @@ def plan_calibration(
 
 
 def calibrate_from_text(
-    model: str | os.PathLike[str] | PreTrainedModel,
+    model: str | os.PathLike[str] | PreTrainedModel | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     bits: int | None = None,
@@ -163,7 +163,8 @@ def calibrate_from_text(
     """Measure a model on sample text and return what its quantized cache needs.
 
     Args:
-        model: ``org/name``, ``org/name@revision``, a folder, or a loaded model.
+        model: ``org/name``, ``org/name@revision``, a folder, or a loaded model; None: the embedded
+            one.
         tokenizer: of a loaded model; its own, from where it was loaded, without.
         bits: width of a code of keys and values alike, 2, 3 or 4; 4 without ``config``.
         config: all options of the quantized cache, instead of ``bits``.
@@ -189,7 +190,7 @@ def calibrate_from_text(
         width = 4 if bits is None else bits
         config = KVQConfig.create(key_bits=width, value_bits=width)
     loaded = None
-    if isinstance(model, str | os.PathLike):
+    if model is None or isinstance(model, str | os.PathLike):
         resolved = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
     else:
         resolved = _describe(model)

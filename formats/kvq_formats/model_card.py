@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+from kvq_formats.records import EMBEDDED_MODEL_ID
 from kvq_formats.sidecar_header import CONFIG_FILE, TENSORS_FILE, SidecarHeader
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -49,8 +50,8 @@ In Python:
 import kvq
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({model_literal}{revision_argument})
-tokenizer = AutoTokenizer.from_pretrained({model_literal}{revision_argument})
+model = AutoModelForCausalLM.from_pretrained({model_source})
+tokenizer = AutoTokenizer.from_pretrained({model_source})
 inputs = tokenizer("The quick brown fox", return_tensors="pt")
 with kvq.attach(model, ".", rule="evaluation"):
     logits = model(**inputs).logits
@@ -63,9 +64,20 @@ What it costs in accuracy depends on the text: measure it on yours with `kvq eva
 def model_card(header: SidecarHeader) -> str:
     """Markdown with the Hub's front matter; says what is known and invents no results."""
     config, model = header.config, header.base_model
-    on_hub = HUB_ID.fullmatch(model.id) is not None
+    embedded = model.id == EMBEDDED_MODEL_ID
+    on_hub = not embedded and HUB_ID.fullmatch(model.id) is not None
     # The card is what people share: of a local folder it gives the name and not the path.
-    name = model.id if on_hub else model.name
+    name = model.id if on_hub or embedded else model.name
+    if embedded:
+        described, argument = f"the model `{name}` that is part of kvq", name
+        source = "kvq.embedded_model_path()"
+    elif on_hub:
+        described, argument = name, name
+        revision = f", revision={json.dumps(model.revision)}" if model.revision else ""
+        source = json.dumps(name) + revision
+    else:
+        described, argument = f"the local model `{name}`", "MODEL"
+        source = json.dumps(f"path/to/{name}")
     text = header.calibration
     widths = sorted({config.key_bits, config.value_bits})
     fraction = config.outlier_fraction
@@ -73,7 +85,7 @@ def model_card(header: SidecarHeader) -> str:
         front_matter=_front_matter(model.id if on_hub else None),
         name=name,
         bits="-".join(map(str, widths)) + " bits",
-        model=name if on_hub else f"the local model `{name}`",
+        model=described,
         revision=f" at commit `{model.revision}`" if model.revision else "",
         shape=model.fingerprint.summary,
         key_bits=config.key_bits,
@@ -91,9 +103,8 @@ def model_card(header: SidecarHeader) -> str:
         format_version=header.format_version,
         tensors_file=TENSORS_FILE,
         config_file=CONFIG_FILE,
-        model_argument=name if on_hub else "MODEL",
-        model_literal=json.dumps(name if on_hub else f"path/to/{name}"),
-        revision_argument=f", revision={json.dumps(model.revision)}" if model.revision else "",
+        model_argument=argument,
+        model_source=source,
     )
 
 

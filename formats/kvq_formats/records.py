@@ -6,14 +6,17 @@ from pydantic import BaseModel, ConfigDict
 
 from kvq_formats.fingerprint import Fingerprint, check
 
+EMBEDDED_MODEL_ID = "kvq/tiny-llama"
+"""The id of the model that is part of kvq. It looks like one of the Hub, but is not there."""
+
 
 class BaseModelRecord(BaseModel):
     """The model that a sidecar belongs to.
 
     Fields:
-        id: what a user types to get the model again: a Hub id, or the absolute path of a local
-            folder.
-        revision: commit sha on the Hub; None for a local folder.
+        id: what a user types to get the model again: a Hub id, the absolute path of a local
+            folder, or the embedded model's id.
+        revision: commit sha on the Hub; None for a model that is not from there.
         fingerprint: what must agree before the sidecar may be used.
     """
 

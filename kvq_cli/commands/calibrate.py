@@ -192,7 +192,6 @@ def calibrate(
     output: Output = context.obj
     output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
     from kvq_calibration.plan import plan_calibration
-    from kvq_cli.assets import resolve
     from kvq_cli.calibration import (
         default_folder,
         plan_facts,
@@ -203,6 +202,7 @@ def calibrate(
     from kvq_cli.output import facts
     from kvq_cli.session import remember
     from kvq_formats.sidecar import check_output_directory
+    from kvq_runtime.models import resolve_model
 
     config = quantization(
         {
@@ -222,7 +222,7 @@ def calibrate(
     name = chosen_model(model, model_alias)
     if name is None:
         output.note("no MODEL is named: calibrating the small built-in model")
-    resolved = resolve(name, revision=revision, trust_remote_code=trust_remote_code)
+    resolved = resolve_model(name, revision=revision, trust_remote_code=trust_remote_code)
     folder = destination or default_folder(resolved.record.name, config)
     check_output_directory(folder, overwrite=overwrite)
     plan = plan_calibration(

@@ -70,17 +70,16 @@ def demo(
     output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
     from kvq_calibration.data import load_text
     from kvq_calibration.plan import plan_calibration
-    from kvq_cli.assets import resolve
     from kvq_cli.calibration import default_folder, quantization, run_plan
     from kvq_cli.measurement import cut_texts, measure, tables
     from kvq_cli.output import facts
     from kvq_cli.peak_memory import peak_memory, peak_memory_json
     from kvq_formats.sidecar import check_output_directory
-    from kvq_runtime.models import load_model
+    from kvq_runtime.models import load_model, resolve_model
 
     started = time.monotonic()
     config = quantization({}, bits=bits, key_bits=None, value_bits=None)
-    resolved = resolve(None)
+    resolved = resolve_model()
     with ExitStack() as stack:
         if destination is None:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvq-demo-")))

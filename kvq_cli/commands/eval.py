@@ -151,7 +151,6 @@ def evaluate(
     from importlib.metadata import version
 
     from kvq_calibration.data import load_text
-    from kvq_cli.assets import resolve
     from kvq_cli.measurement import (
         check_gates,
         check_limits,
@@ -165,7 +164,7 @@ def evaluate(
     from kvq_evaluation.sidecars import row_names
     from kvq_formats.fingerprint import check
     from kvq_formats.sidecar import Sidecar
-    from kvq_runtime.models import load_model, load_tokenizer
+    from kvq_runtime.models import load_model, load_tokenizer, resolve_model
     from kvq_runtime.sidecars import find_sidecar
 
     check_limits(max_ppl_increase=max_ppl_increase, max_kl=max_kl)
@@ -177,7 +176,9 @@ def evaluate(
     first = next(iter(sidecars.values())).base_model
     if name is None and revision is None:
         revision = first.revision
-    resolved = resolve(name or first.id, revision=revision, trust_remote_code=trust_remote_code)
+    resolved = resolve_model(
+        name or first.id, revision=revision, trust_remote_code=trust_remote_code
+    )
     for line in resolved.notes:
         output.note(line)
     for made in sidecars.values():

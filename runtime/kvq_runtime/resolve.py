@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvq_formats.errors import ConfigError, ModelError
 from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.records import BaseModelRecord
+from kvq_runtime.embedded import EMBEDDED_MODEL_ID, embedded_model_path
 from kvq_runtime.hub import (
     cached_commit,
     cached_files,
@@ -69,7 +70,7 @@ class ResolvedModel:
 
 
 def resolve_model(
-    name: str | os.PathLike[str],
+    name: str | os.PathLike[str] | None = None,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -78,7 +79,8 @@ def resolve_model(
     """Find a model and check all that can be checked without its weights.
 
     Args:
-        name: a folder, ``org/name`` or ``org/name@revision``.
+        name: a folder, ``org/name`` or ``org/name@revision``. None and ``EMBEDDED_MODEL_ID`` both
+            mean the embedded model.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: let code from the repository run, for models that transformers does not
             know.
@@ -93,6 +95,8 @@ def resolve_model(
             not understand.
         ConfigError: two different revisions, or one for a folder.
     """
+    if name is None or name == EMBEDDED_MODEL_ID:
+        name, record_id = embedded_model_path(), record_id or EMBEDDED_MODEL_ID
     given = os.fspath(name)
     path = Path(given).expanduser()
     if given.strip() and path.exists():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import resources
 
 import pytest
 import torch
@@ -20,9 +19,10 @@ from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar
+from kvq_runtime.embedded import embedded_model_path
 from kvq_runtime.evaluation_rule import attach_codec
 
-EMBEDDED = str(resources.files("kvq_cli") / "assets" / "tiny-llama")
+EMBEDDED = embedded_model_path()
 
 
 @pytest.fixture(scope="module")

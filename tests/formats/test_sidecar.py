@@ -30,7 +30,7 @@ from kvq_formats.parameters import (
     LayerStatistics,
     ValueParameters,
 )
-from kvq_formats.records import BaseModelRecord, CalibrationRecord
+from kvq_formats.records import EMBEDDED_MODEL_ID, BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar, check_output_directory
 from kvq_formats.sidecar_header import document_sha256
 from kvq_formats.sidecar_tensors import layer_tensors, tensors_sha256
@@ -272,6 +272,14 @@ def test_card_of_a_local_model_gives_its_name_and_no_path(tmp_path: Path) -> Non
     assert "tiny-llama" in card
     assert "someone" not in card
     assert "base_model" not in card.split("---\n")[1]
+
+
+def test_card_of_the_embedded_model_names_no_model_of_the_hub(tmp_path: Path) -> None:
+    sidecar = make_sidecar(model_id=EMBEDDED_MODEL_ID)
+    card = (sidecar.save(tmp_path / "s") / "README.md").read_text()
+    assert "base_model" not in card.split("---\n")[1]
+    assert f"kvq eval {EMBEDDED_MODEL_ID} --sidecar ." in card
+    assert card.count("from_pretrained(kvq.embedded_model_path())") == 2
 
 
 # Where it may be written

@@ -44,7 +44,7 @@ def kvq(capsys: pytest.CaptureFixture[str]) -> Kvq:
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> Path:
     """The tiny model in place of the embedded one, so that nothing depends on its training."""
-    monkeypatch.setattr("kvq_cli.assets.embedded_model_path", lambda: tiny_model_dir)
+    monkeypatch.setattr("kvq_runtime.resolve.embedded_model_path", lambda: tiny_model_dir)
     return tiny_model_dir
 
 

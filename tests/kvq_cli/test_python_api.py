@@ -11,6 +11,7 @@ import torch
 
 import kvq
 from kvq_formats.sidecar import Sidecar
+from kvq_runtime.embedded import EMBEDDED_MODEL_ID
 
 if typing.TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -52,3 +53,18 @@ def test_calibrate_attach_and_evaluate(
     rows = kvq.evaluate(model, [tmp_path / "q", made], tokens=tokens)
     assert [row.name for row in rows] == ["unquantized", "q", "sidecar 2"]
     assert rows[1].kl == rows[2].kl > 0
+
+
+@pytest.mark.parametrize("model", [(), (EMBEDDED_MODEL_ID,)])
+def test_the_embedded_model_is_known_to_python_too(
+    model: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real one; what its sidecar's card tells people to type runs as it stands."""
+    made = kvq.calibrate(*model, bits=3, num_samples=1, seq_len=64)
+    assert made.base_model.id == EMBEDDED_MODEL_ID
+    assert made.base_model.revision is None
+    monkeypatch.chdir(made.save(tmp_path / "q"))
+    card = Path("README.md").read_text()
+    names: dict[str, typing.Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert names["logits"].isfinite().all()
