@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kvq_evaluation.report import EvaluationRow, evaluate_sidecars
+from kvq_formats.errors import ConfigError, DataError
 from kvq_formats.progress import Progress
 from kvq_formats.sidecar import Sidecar
 
@@ -37,8 +39,15 @@ def evaluate_on_tokens(
         progress: who hears how far it is.
 
     Returns the unquantized model's row, then one a sidecar, named by its folder or by its place in
-    the list. Raises SidecarError, FingerprintMismatchError, and what ``evaluate_sidecars`` raises.
+    the list. Raises ConfigError without a sidecar, DataError for tokens that are no ids,
+    SidecarError, FingerprintMismatchError, and what ``evaluate_sidecars`` raises.
     """
+    if not sidecars:
+        raise ConfigError(
+            "no sidecar is given, expected at least one.",
+            hint="kvq.evaluate(model, [sidecar], tokens=tokens); kvq.calibrate makes one",
+        )
+    _check_ids(tokens)
     loaded = [s if isinstance(s, Sidecar) else Sidecar.load(s) for s in sidecars]
     return evaluate_sidecars(
         model,
@@ -48,6 +57,20 @@ def evaluate_on_tokens(
         batch_size=batch_size,
         progress=progress,
     )
+
+
+def _check_ids(tokens: Tensor) -> None:
+    hint = "tokens=tokenizer(text, return_tensors='pt').input_ids"
+    if not isinstance(tokens, Tensor):
+        raise DataError(
+            f"tokens is {type(tokens).__name__}, expected a tensor of int64 [S, T].", hint=hint
+        )
+    if tokens.dtype != torch.int64 or tokens.dim() != 2:
+        raise DataError(
+            f"tokens is {str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}, expected "
+            "int64 [S, T]: S windows of T token ids.",
+            hint=hint,
+        )
 
 
 def row_names(sidecars: Sequence[Sidecar | str | os.PathLike[str]]) -> list[str]:
