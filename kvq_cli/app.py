@@ -1,15 +1,19 @@
 """The command line: its commands, and what becomes of an error.
 
-Exit codes: 0 done, 1 expected failure, 2 usage, 3 a bar that the user set was missed, 130 Ctrl-C.
+Exit codes: 0 done, 1 expected failure, 2 usage, 3 a bar that the user set was missed, 130 Ctrl-C,
+143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -24,6 +28,7 @@ from kvq_cli.output import Output, switched_on
 from kvq_formats.errors import KVQError, OutputError
 
 INTERRUPTED = 130
+TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     name="kvq",
@@ -83,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = Output(as_json="--json" in arguments or switched_on(environment_name("--json")))
     try:
         # Typer prints usage errors itself, beautifully; as JSON they are ours to print.
-        code = app(arguments, prog_name="kvq", obj=output, standalone_mode=not output.as_json)
+        with _terminable():
+            code = app(arguments, prog_name="kvq", obj=output, standalone_mode=not output.as_json)
     except SystemExit as ending:
         code = ending.code
     except KeyboardInterrupt:
@@ -98,7 +104,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if code == INTERRUPTED:
         interrupted = KVQError("interrupted; nothing half-written is left behind.")
         output.error(interrupted, kind="Interrupted")
+    if code == TERMINATED:
+        terminated = KVQError("terminated; nothing half-written is left behind.")
+        output.error(terminated, kind="Terminated")
     sys.exit(code or 0)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that temporary folders are removed.
+
+    Without a handler the process ends on the spot. One that is there already stays, an ignored
+    signal stays ignored, and only the main thread may set any.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        # A second one must not cut the cleaning up short.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(TERMINATED)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _reader_left() -> int:

@@ -34,6 +34,7 @@ JSON object with a versioned `schema`, also for errors: `{"schema": "kvq.error/1
 | 2 | usage: an option or a combination of options that makes no sense |
 | 3 | done, but a bar that you set was missed (`--max-ppl-increase`, `--max-kl`) |
 | 130 | interrupted with Ctrl-C; nothing half-written is left behind |
+| 143 | terminated with SIGTERM; nothing half-written is left behind |
 """
 VARIABLES = """\
 ## Environment variables

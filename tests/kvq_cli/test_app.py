@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,41 @@ def test_exit_codes_and_errors(
     assert as_json.json["schema"] == "kvq.error/1"
     assert as_json.json["error"]["type"] == kind
     assert message in as_json.json["error"]["message"]
+
+
+@pytest.fixture
+def handler_inside(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is set for SIGTERM while ``kvq env`` works."""
+    seen: list[Any] = []
+
+    def look() -> dict[str, Any]:
+        seen.append(signal.getsignal(signal.SIGTERM))
+        raise DataError("seen")
+
+    monkeypatch.setattr("kvq_cli.commands.env.collect", look)
+    return seen
+
+
+def test_sigterm_is_handled_only_while_a_command_runs(kvq: Kvq, handler_inside: list[Any]) -> None:
+    kvq("env")
+    assert callable(handler_inside[0])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_choice_that_was_made_for_sigterm_stays(kvq: Kvq, handler_inside: list[Any]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        kvq("env")
+        assert handler_inside == [signal.SIG_IGN]
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_beside_the_main_thread_no_handler_is_set(kvq: Kvq, handler_inside: list[Any]) -> None:
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(kvq, "env").result().code == 1
+    assert handler_inside == [signal.SIG_DFL]
 
 
 def test_a_gpu_out_of_memory_is_explained(kvq: Kvq, fail: Fail) -> None:

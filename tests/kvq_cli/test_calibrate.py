@@ -210,8 +210,17 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(
     assert recall() is None
 
 
-def test_a_signal_ends_the_process_with_130(
-    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_ends_the_process_in_one_line(
+    tiny_model_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+    word: str,
 ) -> None:
     command = [
         sys.executable, "-c", "from kvq_cli.app import main; main()",
@@ -225,10 +234,11 @@ def test_a_signal_ends_the_process_with_130(
         # The first stage is done: the process is in the middle of its work.
         first = running.stderr.readline()
         assert "thresholds" in first
-        running.send_signal(signal.SIGINT)
+        running.send_signal(number)
         rest = running.stderr.read()
-        assert running.wait(timeout=60) == 130
-    assert "interrupted; nothing half-written is left behind" in rest
+        assert running.wait(timeout=60) == code
+    assert f"Error: {word}; nothing half-written is left behind.\n" in rest
+    assert "Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
 
 

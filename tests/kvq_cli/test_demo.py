@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +48,37 @@ def test_demo_keeps_its_sidecar_if_asked(kvq: Kvq, tmp_path: Path) -> None:
     assert Sidecar.load(tmp_path / "q").base_model.id == "kvq/tiny-llama"
     assert recall() is None
     assert kvq("demo", "-o", tmp_path / "q", "--json").code == 1
+
+
+@pytest.mark.parametrize(
+    # In the middle of the work, and between the files of a save.
+    "function",
+    ["kvq_calibration.pipeline.measure_points", "os.fsync"],
+)
+@pytest.mark.parametrize("arguments", [(), ("-o", "q/demo")])
+def test_a_terminated_demo_leaves_nothing(
+    arguments: tuple[str, ...], function: str, tmp_path: Path
+) -> None:
+    """The signal comes twice, as from those who lose patience."""
+    script = (
+        f"import os, signal, sys, {function.rpartition('.')[0]}\n"
+        "from kvq_cli.app import main\n"
+        "from kvq_cli.commands import demo\n"
+        "demo.NUM_SAMPLES, demo.SEQ_LEN = 1, 64\n"
+        "def killed(*_, **__):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"{function} = killed\n"
+        "main(['demo', '--no-progress', *sys.argv[1:]])\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (128 + signal.SIGTERM, "")
+    assert ran.stderr == "Error: terminated; nothing half-written is left behind.\n"
+    assert list(tmp_path.iterdir()) == []
