@@ -53,7 +53,11 @@ def choose_text_column(
     """
     columns = ", ".join(is_text) or "none"
     strings = [column for column, holds_text in is_text.items() if holds_text]
-    hint = f"--text-column {strings[0]}" if strings else None
+    hint = (
+        f"--text-column {strings[0]}"
+        if strings
+        else "write each text as a string, in a column named text"
+    )
     if text_column is not None:
         if text_column not in is_text:
             raise DataError(

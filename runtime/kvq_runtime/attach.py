@@ -37,7 +37,9 @@ def attach(
         KVQError: the model is attached already, or a forward is one that the rule does not cover.
     """
     if rule != "evaluation":
-        raise ConfigError(f"rule is {rule!r}; this version knows 'evaluation'.")
+        raise ConfigError(
+            f"rule is {rule!r}; this version knows 'evaluation'.", hint='rule="evaluation"'
+        )
     if not isinstance(sidecar, Sidecar):
         sidecar = Sidecar.load(sidecar)
     found = Fingerprint.from_config(model.config.get_text_config(decoder=True).to_dict())

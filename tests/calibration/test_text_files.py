@@ -137,6 +137,14 @@ def test_jsonl_columns(tmp_path: Path) -> None:
     assert "does not hold strings" in refusal(path, text_column="n").message
 
 
+@pytest.mark.parametrize("options", [{}, {"text_column": "text"}])
+def test_jsonl_without_any_string_says_what_a_row_should_hold(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    error = refusal(write_jsonl(tmp_path / "a.jsonl", [{"text": 3}]), **options)
+    assert error.hint == "write each text as a string, in a column named text"
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
