@@ -6,6 +6,7 @@ Every option can also be set by an environment variable of the same name with th
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -142,6 +143,11 @@ Seed = Annotated[int, option("--seed", panel=DATA, help="Chooses the windows of 
 Overwrite = Annotated[
     bool, option("--overwrite", panel=OUTPUT, help="Replace what the output folder holds.")
 ]
+
+
+def sidecars_in_environment() -> list[str]:
+    """What KVQ_SIDECAR names, cut at blanks as an option that may be given several times is."""
+    return os.environ.get(environment_name("--sidecar"), "").split()
 
 
 def chosen_model(argument: str | None, alias: str | None) -> str | None:

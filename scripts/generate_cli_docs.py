@@ -41,6 +41,8 @@ VARIABLES = """\
 
 Every option has one: its name in capitals with the prefix `KVQ_`, as `KVQ_SEQ_LEN=1024` for
 `--seq-len 1024`. The command line wins. A flag is switched on by `1`. `KVQ_MODEL` names MODEL.
+`KVQ_SIDECAR` may name several, with spaces between (so none with a space in its path);
+`kvq inspect` shows the first.
 
 | variable | same as |
 |---|---|

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvq_cli.options import AsJson, NoProgress, Quiet, Verbose
+from kvq_cli.options import AsJson, NoProgress, Quiet, Verbose, sidecars_in_environment
 from kvq_cli.output import Output
 
 if TYPE_CHECKING:
@@ -50,7 +50,13 @@ def inspect(
     from kvq_formats.sidecar import Sidecar
     from kvq_runtime.sidecars import find_sidecar
 
-    path = sidecar if sidecar is not None else str(current_sidecar(output))
+    path = sidecar
+    if path is None and (named := sidecars_in_environment()):
+        path = named[0]
+        if len(named) > 1:
+            output.note(f"KVQ_SIDECAR names {len(named)} sidecars; this is the first")
+    if path is None:
+        path = str(current_sidecar(output))
     loaded = Sidecar.load(find_sidecar(path))
     bits = reported_bits(loaded.config, loaded.base_model.fingerprint)
     layers = _layers(loaded)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,15 @@ def test_results_are_saved_before_anything_is_drawn(
     ran = kvq("eval", "--sidecar", sidecar, "--ppl", text_file, "-o", "r.json", *FEW)
     assert ran.code == 1
     assert json.loads((tmp_path / "r.json").read_text())["texts"]
+
+
+def test_the_environment_may_name_several_sidecars(
+    kvq: Kvq, sidecar: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(sidecar, tmp_path / "other"))
+    monkeypatch.setenv("KVQ_SIDECAR", f"{sidecar} {other}")
+    found = kvq("eval", "--ppl", text_file, "--json", *FEW).json
+    assert [row["name"] for row in found["texts"][0]["rows"][1:]] == [sidecar.name, "other"]
 
 
 def test_gates(kvq: Kvq, sidecar: Path, text_file: Path) -> None:

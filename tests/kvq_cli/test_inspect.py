@@ -43,6 +43,22 @@ def test_without_a_name_the_current_sidecar_is_shown(kvq: Kvq, sidecar: Path) ->
     assert f"Note: using the current sidecar, {sidecar}" in ran.stderr
 
 
+def test_the_environment_may_name_the_sidecar(
+    kvq: Kvq, sidecar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVQ_SIDECAR", str(sidecar))
+    ran = kvq("inspect")
+    assert ran.code == 0
+    assert ran.stderr == f"Next: kvq eval --sidecar {sidecar} --ppl wikitext2\n"
+    monkeypatch.setenv("KVQ_SIDECAR", f"{sidecar} nowhere")
+    ran = kvq("inspect")
+    assert ran.code == 0
+    assert "KVQ_SIDECAR names 2 sidecars; this is the first" in ran.stderr
+    monkeypatch.setenv("KVQ_SIDECAR", "nowhere")
+    assert kvq("inspect").code == 1
+    assert kvq("inspect", sidecar).code == 0
+
+
 @pytest.mark.parametrize("name", ["nowhere", "."])
 def test_no_sidecar_there(
     kvq: Kvq, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
