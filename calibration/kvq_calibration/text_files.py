@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from kvq_calibration.text_source import (
@@ -43,22 +44,23 @@ def text_file(path: Path, *, purpose: Purpose, text_column: str | None = None) -
             raise DataError(f"there is no file {path}", hint=_near_names(path))
         if kind not in _READERS:
             raise DataError(
-                f"{path.name} has the extension {path.suffix or '(none)'}; kvq reads {_KINDS}",
+                f"{path} has the extension {path.suffix or '(none)'}; kvq reads {_KINDS}",
                 hint="save the text as UTF-8 in a .txt file",
             )
         if path.stat().st_size == 0:
-            raise DataError(f"{path.name} is empty", hint=f"{DATASET_FLAG[purpose]} builtin")
+            raise DataError(f"{path} is empty", hint=f"{DATASET_FLAG[purpose]} builtin")
     if kind == ".txt" and text_column is not None:
         raise ConfigError("a .txt file has no columns", hint="leave out --text-column")
     texts = LazyTexts(partial(_READERS[kind], path, text_column))
     if next(iter(texts), None) is None:
-        raise DataError(f"{path.name} has no rows", hint=f"{DATASET_FLAG[purpose]} builtin")
+        raise DataError(f"{path} has no rows", hint=f"{DATASET_FLAG[purpose]} builtin")
     whole = kind == ".txt"
     return TextSource(
         name=path.name,
         revision=None,
         texts=texts,
         purpose=purpose,
+        path=path,
         separator="" if whole else "\n\n",
         streamed=not whole,
     )
@@ -85,19 +87,20 @@ def _decode(data: bytes, offset: int, *, final: bool, path: Path) -> tuple[str, 
     """Text and bytes used of ``data``, which starts at byte ``offset`` of the file."""
     hint = "save the text as UTF-8"
     if offset == 0 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        utf8 = f"{path.stem}-utf8.txt"
         raise DataError(
-            f"{path.name} is not UTF-8: byte 0 starts UTF-16",
-            hint=f"iconv -f UTF-16 -t UTF-8 {path.name} > {path.stem}-utf8.txt",
+            f"{path} is not UTF-8: byte 0 starts UTF-16",
+            hint=f"iconv -f UTF-16 -t UTF-8 {quote(str(path))} > {quote(utf8)}",
         )
     nul = data.find(0)
     if nul >= 0:
-        raise DataError(f"{path.name} is not text: NUL at byte {offset + nul}", hint=hint)
+        raise DataError(f"{path} is not text: NUL at byte {offset + nul}", hint=hint)
     try:
         return codecs.utf_8_decode(data, "strict", final)
     except UnicodeDecodeError as error:
         at = offset + error.start
         raise DataError(
-            f"{path.name} is not UTF-8: byte {at} is 0x{data[error.start]:02x}", hint=hint
+            f"{path} is not UTF-8: byte {at} is 0x{data[error.start]:02x}", hint=hint
         ) from error
 
 
@@ -108,7 +111,7 @@ def _read_jsonl(path: Path, text_column: str | None) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            where = f"line {number} of {path.name}"
+            where = f"line {number} of {path}"
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
@@ -129,7 +132,7 @@ def _read_jsonl(path: Path, text_column: str | None) -> Iterator[str]:
                 )
             if column is None:
                 column = choose_text_column(
-                    _string_columns(row), text_column=text_column, source_name=path.name
+                    _string_columns(row), text_column=text_column, source_name=str(path)
                 )
             text = row.get(column)
             if not isinstance(text, str):
@@ -151,13 +154,13 @@ def _read_parquet(path: Path, text_column: str | None) -> Iterator[str]:
                 field.name: types.is_string(field.type) or types.is_large_string(field.type)
                 for field in table.schema_arrow
             }
-            column = choose_text_column(strings, text_column=text_column, source_name=path.name)
+            column = choose_text_column(strings, text_column=text_column, source_name=str(path))
             for batch in table.iter_batches(batch_size=256, columns=[column]):
                 for text in batch.column(0).to_pylist():
                     yield text or ""
     except pa.ArrowException as error:
         raise DataError(
-            f"{path.name} is not a sound parquet file: {str(error).splitlines()[0]}",
+            f"{path} is not a sound parquet file: {str(error).splitlines()[0]}",
             hint="write the file again",
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from kvq_formats.errors import DataError
@@ -21,7 +22,7 @@ class TextSource:
     ``texts`` may be read more than once and may be lazy: a streamed data set of any size costs only
     what is taken from it. The whole text is ``separator.join(texts)``. ``streamed`` says that
     reading on is costly, so that calibration takes only the beginning. ``notes`` are lines for
-    people.
+    people. ``path`` is a local file as it was given; ``name``, which sidecars keep, has no folders.
     """
 
     name: str
@@ -31,6 +32,12 @@ class TextSource:
     separator: str = "\n\n"
     streamed: bool = False
     notes: tuple[str, ...] = ()
+    path: Path | None = None
+
+    @property
+    def label(self) -> str:
+        """What errors call it: a file by its path, anything else by its name."""
+        return self.name if self.path is None else str(self.path)
 
 
 @dataclass(frozen=True)

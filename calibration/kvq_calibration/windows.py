@@ -79,7 +79,7 @@ def token_windows(
         raise _too_little(source, len(ids), num_windows=num_windows, seq_len=seq_len)
     if len(ids) < seq_len:
         notes.append(
-            f"{source.name} has {len(ids):,} tokens: one window of that length, not {seq_len:,}"
+            f"{source.label} has {len(ids):,} tokens: one window of that length, not {seq_len:,}"
         )
         seq_len = len(ids)
 
@@ -113,7 +113,7 @@ def _tokenise(tokenizer: Any, source: TextSource, *, needed: int) -> tuple[list[
         text, more = reader.beginning(characters)
         if not more and not text.strip():
             flag = DATASET_FLAG[source.purpose]
-            raise DataError(f"{source.name} holds no text", hint=f"{flag} builtin")
+            raise DataError(f"{source.label} holds no text", hint=f"{flag} builtin")
         # verbose=False: the text is longer than the model's positions on purpose.
         ids = tokenizer(text, verbose=False, return_attention_mask=False)["input_ids"]
         if not more or len(ids) >= needed:
@@ -121,7 +121,7 @@ def _tokenise(tokenizer: Any, source: TextSource, *, needed: int) -> tuple[list[
         characters *= 2
     notes = []
     if more and not sample:
-        notes.append(f"only the first {characters:,} characters of {source.name} are read")
+        notes.append(f"only the first {characters:,} characters of {source.label} are read")
     return ids, notes
 
 
@@ -151,7 +151,7 @@ def _too_little(
 ) -> DataError:
     if source.purpose == "eval" or num_windows is None:
         return DataError(
-            f"too little text in {source.name}: needs 2 tokens or more, found {found}",
+            f"too little text in {source.label}: needs 2 tokens or more, found {found}",
             hint=f"{DATASET_FLAG[source.purpose]} builtin",
         )
     ways = []
@@ -160,7 +160,7 @@ def _too_little(
     if found >= 2 * num_windows:
         ways.append(f"--seq-len {found // num_windows}")
     return DataError(
-        f"too little text in {source.name}: needs {num_windows} x {seq_len} = "
+        f"too little text in {source.label}: needs {num_windows} x {seq_len} = "
         f"{num_windows * seq_len:,} tokens, found {found:,}",
         hint=", or ".join([*ways, "a longer text with --dataset"]),
     )

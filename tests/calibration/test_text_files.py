@@ -148,17 +148,37 @@ def test_jsonl_without_any_string_says_what_a_row_should_hold(
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"text": "cut', "line 3 of a.jsonl is not JSON"),
-        (b'["text"]', "line 3 of a.jsonl holds list"),
-        (b'{"other": "x"}', "line 3 of a.jsonl holds no string in 'text'; its columns: other"),
-        (b'{"text": 3}', "line 3 of a.jsonl holds no string"),
-        (b'{"text": "\xff"}', "line 3 of a.jsonl is not UTF-8: byte 10"),
+        (b'{"text": "cut', "line 3 of {path} is not JSON"),
+        (b'["text"]', "line 3 of {path} holds list"),
+        (b'{"other": "x"}', "line 3 of {path} holds no string in 'text'; its columns: other"),
+        (b'{"text": 3}', "line 3 of {path} holds no string"),
+        (b'{"text": "\xff"}', "line 3 of {path} is not UTF-8: byte 10"),
     ],
 )
 def test_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, words: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n' + line + b"\n")
-    assert words in refusal(path).message
+    assert words.format(path=path) in refusal(path).message
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b""), ("a.txt", b"\xff"), ("a.txt", b"\0"), ("a.txt", b"\xff\xfe"),
+        ("a.csv", b"x"),
+        ("a.jsonl", b"\n"), ("a.jsonl", b"{"), ("a.jsonl", b"[]"), ("a.jsonl", b"\xff"),
+        ("a.jsonl", b'{"n": 1}'), ("a.jsonl", b'{"text": ""}\n{}'), ("a.parquet", b"x"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_path_as_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("some folder") / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert str(path) in refusal(path).message
+    assert str(tmp_path) not in refusal(path).message
 
 
 def test_jsonl_is_read_only_as_far_as_needed(tmp_path: Path) -> None:

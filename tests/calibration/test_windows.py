@@ -120,6 +120,17 @@ def test_too_little_text_counts_and_says_what_would_do(tokenizer: Any, text: str
 
 
 @pytest.mark.parametrize("purpose", ["calibrate", "eval"])
+def test_too_little_text_names_a_file_by_its_path(tokenizer: Any, purpose: Purpose) -> None:
+    short = source("a", purpose, path=Path("notes/a.txt"))
+
+    def one_token(text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [1]}
+
+    with pytest.raises(DataError, match=r"too little text in notes/a\.txt"):
+        token_windows(one_token, short, num_windows=2, seq_len=8)
+
+
+@pytest.mark.parametrize("purpose", ["calibrate", "eval"])
 @pytest.mark.parametrize("blank", ["", " \n\n "])
 def test_blank_text(tokenizer: Any, purpose: Purpose, blank: str) -> None:
     with pytest.raises(DataError, match="sample holds no text"):
