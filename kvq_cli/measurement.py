@@ -60,6 +60,8 @@ def cut_texts(
         windows = token_windows(tokenizer, source, num_windows=limit, seq_len=seq_len)
         for line in windows.notes:
             output.note(line)
+        if len(windows.input_ids) == 1:
+            output.note(f"{windows.name} gives one window: no standard error")
         texts.append(windows)
     return texts
 

@@ -35,6 +35,7 @@ def test_the_current_sidecar_on_the_default_text(kvq: Kvq, sidecar: Path) -> Non
     assert "partial: 2 windows of" in ran.stdout
     assert f"using the current sidecar, {sidecar}" in ran.stderr
     assert "bundled text" in ran.stderr
+    assert "no standard error" not in ran.stderr
     assert ran.stderr.splitlines()[-1] == f"Next: kvq inspect {sidecar}"
 
 
@@ -216,6 +217,7 @@ def test_windows_are_clamped_to_the_models_positions(
     given = kvq(*arguments, "--seq-len", 5000)
     assert "Note: --seq-len 5000 is clamped to the model's 1024 positions" in given.stderr
     assert given.json["texts"][0]["rows"][0]["tokens"] == 1023
+    assert f"Note: {text_file.name} gives one window: no standard error\n" in given.stderr
     # One window has no standard error: null, not a number that was made up.
     assert given.json["texts"][0]["rows"][0]["perplexity_stderr"] is None
 
