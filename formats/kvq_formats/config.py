@@ -45,7 +45,7 @@ class KVQConfig(BaseModel):
     sink_tokens: Annotated[int, Field(ge=0, le=1024)] = 1
     recent_tokens: Annotated[int, Field(ge=0, le=65536)] = 0
     value_grain: Literal["token", "head"] = "token"
-    qnorm: bool = False
+    qnorm: bool = True
     sensitivity: Literal["fisher", "none"] = "fisher"
     kmeans: Literal["exact", "sklearn"] = "exact"
 

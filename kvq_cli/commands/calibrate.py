@@ -119,14 +119,13 @@ def calibrate(
         option("--kmeans", panel=QUANTIZATION, help="Solver of the codebook fit."),
     ] = Solver.EXACT,
     qnorm: Annotated[
-        bool | None,
+        bool,
         option(
             "--qnorm/--no-qnorm",
             panel=QUANTIZATION,
             help="Match mean and deviation of decoded numbers.",
-            default="by --bits",
         ),
-    ] = None,
+    ] = True,
     dataset: Annotated[
         str,
         option(

@@ -50,7 +50,7 @@ def test_json_has_everything(
 ) -> None:
     ran = kvq(
         "calibrate", tiny_model_dir, "-o", "a/q", "--key-bits", 2, "--value-bits", 3, "--json",
-        "--outlier-fraction", 0, "--sensitivity", "none", "--kmeans", "sklearn", "--qnorm",
+        "--outlier-fraction", 0, "--sensitivity", "none", "--kmeans", "sklearn", "--no-qnorm",
         "--value-grain", "head", "--sink-tokens", 2, "--recent-tokens", 5, "--seed", 7,
         "--dataset", text_file, *SMALL,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def test_json_has_everything(
         "outlier_fraction": 0,
         "sensitivity": "none",
         "kmeans": "sklearn",
-        "qnorm": True,
+        "qnorm": False,
         "value_grain": "head",
         "sink_tokens": 2,
         "recent_tokens": 5,

@@ -35,10 +35,9 @@ def test_the_commands_defaults_are_the_librarys() -> None:
     given = inspect.signature(calibrate).parameters
     fields = KVQConfig.model_fields
     assert given["bits"].default == fields["key_bits"].default == fields["value_bits"].default
-    for name in set(fields) & set(given) - {"key_bits", "value_bits", "qnorm"}:
+    for name in set(fields) & set(given) - {"key_bits", "value_bits"}:
         assert given[name].default == fields[name].default, name
     # Decided by the configuration, not by the command.
-    assert given["qnorm"].default is None
     called = inspect.signature(calibrate_from_text).parameters
     for name in ("dataset", "num_samples", "seq_len", "batch_size", "seed", "dtype"):
         assert given[name].default == called[name].default, name
