@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvq_calibration import pipeline
-from kvq_calibration.pipeline import NormalisedPoints, calibrate
+from kvq_calibration.pipeline import calibrate
+from kvq_calibration.points import NormalisedPoints
 from kvq_formats.config import KVQConfig
 from kvq_formats.errors import CalibrationError, DataError
 from kvq_formats.fingerprint import Fingerprint
@@ -212,15 +213,6 @@ def test_each_module_keeps_its_mode() -> None:
     modes = [module.training for module in model.modules()]
     run(model, windows(num=2))
     assert [module.training for module in model.modules()] == modes
-
-
-def test_points_without_sensitivity_are_not_called_exact() -> None:
-    points = NormalisedPoints()
-    z = torch.linspace(-1, 1, 1000)
-    points.add(z, torch.zeros(1000, dtype=torch.bool), torch.zeros(1000))
-    codebook = points.fit(2, KVQConfig(qnorm=False))
-    # Four equal parts of a uniform density: (1/4)^2 / 3 over 1/3.
-    assert points.relative_error(codebook) == pytest.approx(1 / 16, rel=0.01)
 
 
 def test_nan_activations_name_the_layer() -> None:
