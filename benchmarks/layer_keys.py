@@ -19,7 +19,12 @@ from safetensors.torch import save_file
 from kvq_calibration.capture import KeyValueTap, token_rows
 from kvq_calibration.data import load_text, token_windows
 from kvq_calibration.pipeline import find_thresholds
-from kvq_calibration.sensitivity import LossScale, activation_gradients, backward
+from kvq_calibration.sensitivity import (
+    LossScale,
+    activation_gradients,
+    backward,
+    squared_gradients,
+)
 from kvq_formats.config import KVQConfig
 from kvq_runtime.models import load_model, resolve_model
 from kvq_runtime.rope import tap_attention
@@ -53,7 +58,8 @@ def main() -> int:
         progress.stage("sensitivity", len(windows)) as advance,
     ):
         for batch in windows.split(1):
-            squared, _ = backward(model, tap, batch, scale)[layer]
+            backward(model, tap, batch, scale)
+            squared, _ = squared_gradients(tap, layer, scale)
             keys = token_rows(tap.keys[layer], sink_tokens=config.sink_tokens)
             squared = token_rows(squared, sink_tokens=config.sink_tokens)
             z = (keys - center) / half_range

@@ -21,7 +21,12 @@ from kvq_calibration.capture import (
 )
 from kvq_calibration.points import NormalisedPoints
 from kvq_calibration.residuals import fit_outlier_step
-from kvq_calibration.sensitivity import LossScale, activation_gradients, backward
+from kvq_calibration.sensitivity import (
+    LossScale,
+    activation_gradients,
+    backward,
+    squared_gradients,
+)
 from kvq_calibration.thresholds import ChannelQuantiles, center_and_half_range
 from kvq_formats import outliers
 from kvq_formats.config import KVQConfig
@@ -131,9 +136,9 @@ def measure_points(
             scale = LossScale(model.dtype)
             with activation_gradients(model):
                 for batch in batches:
-                    gradients = backward(model, tap, batch, scale)
+                    backward(model, tap, batch, scale)
                     for layer in thresholds:
-                        add(layer, gradients.pop(layer))
+                        add(layer, squared_gradients(tap, layer, scale))
                     advance()
         else:
             for batch in batches:

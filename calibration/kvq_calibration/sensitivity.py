@@ -84,15 +84,13 @@ class LossScale:
         return self.adjustable and self.value >= LAST_LOSS_SCALE
 
 
-def backward(
-    model: PreTrainedModel, tap: KeyValueTap, input_ids: Tensor, scale: LossScale
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """Run one batch forth and back; returns squared gradients by layer.
+def backward(model: PreTrainedModel, tap: KeyValueTap, input_ids: Tensor, scale: LossScale) -> None:
+    """Run one batch forth and back: ``tap`` then holds keys and values with their gradients.
 
-    Returns: layer index -> (F of keys, F of values), f32 ``[B, H, T, D]``, of the loss summed over
-    tokens, so that batches of unlike sizes weigh alike. ``tap`` holds the keys and values.
+    The loss is summed over tokens, so that batches of unlike sizes weigh alike, and multiplied by
+    ``scale``, which is lowered until gradients are finite.
 
-    Raises: CalibrationError when gradients are not finite.
+    Raises: CalibrationError when they never are.
     """
     ids = input_ids.to(model.device)
     while True:
@@ -101,23 +99,31 @@ def backward(
         tap.stop()
         predicted = ids.shape[0] * (ids.shape[1] - 1)
         (loss * (predicted * scale.value)).backward()
-        squared = {}
-        overflow = None
-        for layer_idx in tap.layers:
-            key, value = tap.keys[layer_idx].grad, tap.values[layer_idx].grad
-            if key is None or value is None:
-                raise CalibrationError(f"no gradient reached layer {layer_idx}.")
-            if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
-                overflow = layer_idx
-                break
-            squared[layer_idx] = (
-                (key.float() / scale.value).square(),
-                (value.float() / scale.value).square(),
-            )
-        if overflow is None:
-            return squared
+        overflow = [layer for layer in tap.layers if not _finite_gradients(tap, layer)]
+        if not overflow:
+            return
         if not scale.lower():
             raise CalibrationError(
-                f"gradients of layer {overflow} are NaN or infinite (loss {loss.item():.4g}).",
+                f"gradients of layer {overflow[0]} are NaN or infinite (loss {loss.item():.4g}).",
                 hint="--dtype bfloat16 or float32, or --sensitivity none",
             )
+
+
+def squared_gradients(tap: KeyValueTap, layer_idx: int, scale: LossScale) -> tuple[Tensor, Tensor]:
+    """``F`` of the keys and of the values of one layer, f32 ``[B, H, T, D]``, after ``backward``.
+
+    One layer at a time: those of all layers in f32 would be the largest thing in memory.
+    """
+    key, value = _gradients(tap, layer_idx)
+    return (key.float() / scale.value).square(), (value.float() / scale.value).square()
+
+
+def _gradients(tap: KeyValueTap, layer_idx: int) -> tuple[Tensor, Tensor]:
+    key, value = tap.keys[layer_idx].grad, tap.values[layer_idx].grad
+    if key is None or value is None:
+        raise CalibrationError(f"no gradient reached layer {layer_idx}.")
+    return key, value
+
+
+def _finite_gradients(tap: KeyValueTap, layer_idx: int) -> bool:
+    return all(bool(torch.isfinite(gradient).all()) for gradient in _gradients(tap, layer_idx))

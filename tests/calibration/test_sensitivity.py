@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from kvq_calibration.capture import KeyValueTap
-from kvq_calibration.sensitivity import LossScale, activation_gradients, backward
+from kvq_calibration.sensitivity import (
+    LossScale,
+    activation_gradients,
+    backward,
+    squared_gradients,
+)
 from kvq_formats.errors import CalibrationError
 from kvq_runtime.rope import attention_modules, tap_attention
 from tiny_models import make_tiny_llama
@@ -42,13 +47,20 @@ def squared_by_hooks(model: torch.nn.Module, ids: Tensor) -> dict[int, tuple[Ten
     }
 
 
+def squares(
+    model: torch.nn.Module, tap: KeyValueTap, ids: Tensor, scale: LossScale
+) -> dict[int, tuple[Tensor, Tensor]]:
+    backward(model, tap, ids, scale)
+    return {layer: squared_gradients(tap, layer, scale) for layer in tap.layers}
+
+
 def test_squared_gradients_are_those_of_the_loss() -> None:
     model = make_tiny_llama()
     ids = torch.randint(3, 300, (2, 30))
     expected = squared_by_hooks(model, ids)
     tap = KeyValueTap(layers=(0, 1))
     with tap_attention(model, tap), activation_gradients(model):
-        found = backward(model, tap, ids, LossScale(torch.float32))
+        found = squares(model, tap, ids, LossScale(torch.float32))
     for layer in (0, 1):
         for ours, theirs in zip(found[layer], expected[layer], strict=True):
             assert theirs.max() > 0
@@ -83,7 +95,7 @@ def test_a_caller_that_checkpoints_and_wants_no_gradients() -> None:
     functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
     tap = KeyValueTap(layers=(0, 1))
     with torch.no_grad(), tap_attention(model, tap), activation_gradients(model):
-        found = backward(model, tap, torch.randint(3, 300, (1, 20)), LossScale(torch.float32))
+        found = squares(model, tap, torch.randint(3, 300, (1, 20)), LossScale(torch.float32))
     assert all(f.max() > 0 for pair in found.values() for f in pair)
     assert model.is_gradient_checkpointing
     after = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
@@ -98,7 +110,7 @@ def test_half_precision_gives_the_same_picture(dtype: torch.dtype) -> None:
     model.to(dtype)
     tap = KeyValueTap(layers=(0, 1))
     with tap_attention(model, tap), activation_gradients(model):
-        found = backward(model, tap, ids, LossScale(dtype))
+        found = squares(model, tap, ids, LossScale(dtype))
     for layer in (0, 1):
         for ours, theirs in zip(found[layer], expected[layer], strict=True):
             assert ours.dtype == torch.float32
@@ -114,7 +126,7 @@ def test_an_fp16_overflow_lowers_the_scale() -> None:
     scale.value = 2.0**40
     tap = KeyValueTap(layers=(0, 1))
     with tap_attention(model, tap), activation_gradients(model):
-        found = backward(model, tap, ids, scale)
+        found = squares(model, tap, ids, scale)
     assert scale.value < 2.0**40
     assert all(torch.isfinite(f).all() and f.max() > 0 for pair in found.values() for f in pair)
 
