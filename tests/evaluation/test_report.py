@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from garbage import with_garbage_codebooks
 from kvq_calibration.pipeline import calibrate
 from kvq_evaluation.perplexity import UNQUANTIZED
 from kvq_evaluation.report import (
@@ -41,18 +42,6 @@ def make_sidecar(model: LlamaForCausalLM, *, bits: int) -> Sidecar:
             dataset="random", revision=None, num_samples=2, seq_len=128, seed=3, token_sha256="0"
         ),
     )
-
-
-def with_garbage_codebooks(sidecar: Sidecar) -> Sidecar:
-    """Codes decode to the number on the other side of the centre."""
-    layers = {}
-    for index, layer in sidecar.layers.items():
-        key, value = (
-            replace(part, codebook=replace(part.codebook, levels=part.codebook.levels.flip(0)))
-            for part in (layer.key, layer.value)
-        )
-        layers[index] = replace(layer, key=key, value=value)
-    return replace(sidecar, layers=layers)
 
 
 def metrics(name: str, nll: list[float], kl: list[float]) -> WindowMetrics:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from garbage import with_garbage_codebooks
 from kvq_calibration.data import load_text, token_windows
 from kvq_calibration.pipeline import calibrate
 from kvq_evaluation.baselines.int_per_token import IntPerToken
@@ -57,18 +56,6 @@ def three_bits(model: LlamaForCausalLM, windows: Tensor) -> Sidecar:
             dataset="builtin", revision=None, num_samples=2, seq_len=512, seed=0, token_sha256="0"
         ),
     )
-
-
-def with_garbage_codebooks(sidecar: Sidecar) -> Sidecar:
-    """Codes decode to the number on the other side of the centre."""
-    layers = {}
-    for index, layer in sidecar.layers.items():
-        key, value = (
-            replace(part, codebook=replace(part.codebook, levels=part.codebook.levels.flip(0)))
-            for part in (layer.key, layer.value)
-        )
-        layers[index] = replace(layer, key=key, value=value)
-    return replace(sidecar, layers=layers)
 
 
 def test_garbage_codebooks_wreck_perplexity(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from garbage import with_garbage_codebooks
 from kvq_formats import pages
 from kvq_formats.codebook import Codebook
 from kvq_formats.config import KVQConfig
@@ -127,19 +127,9 @@ def test_a_missing_sidecar_and_an_unknown_rule(tmp_path: Path) -> None:
 def test_a_garbage_codebook_wrecks_the_logits() -> None:
     model = make_tiny_llama()
     good = sidecar()
-    scrambled = replace(
-        good.layers[0].key.codebook, levels=good.layers[0].key.codebook.levels.flip(0)
-    )
-    layers = {
-        i: LayerParameters(
-            key=replace(layer.key, codebook=scrambled),
-            value=replace(layer.value, codebook=scrambled),
-        )
-        for i, layer in good.layers.items()
-    }
     stock = model(ids(1000)).logits
     with attach(model, good, rule="evaluation"):
         near = (model(ids(1000)).logits - stock).square().mean()
-    with attach(model, replace(good, layers=layers), rule="evaluation"):
+    with attach(model, with_garbage_codebooks(good), rule="evaluation"):
         far = (model(ids(1000)).logits - stock).square().mean()
     assert far > 30 * near
