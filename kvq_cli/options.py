@@ -133,7 +133,14 @@ TrustRemoteCode = Annotated[
     option("--trust-remote-code", panel=MODEL, help="Run Python code that the model brings along."),
 ]
 
+# Quantization.
+Bits = Annotated[int, option("--bits", panel=QUANTIZATION, help="Bits of a code: 2, 3 or 4.")]
+
 # Data.
+TextColumn = Annotated[
+    str | None,
+    option("--text-column", panel=DATA, help="Column that holds the text.", default="text"),
+]
 BatchSize = Annotated[
     int, option("--batch-size", panel=DATA, help="Windows a forward pass.", min=1)
 ]

@@ -9,6 +9,7 @@ rounded up (``docs/method.md``, evaluation rule).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Self
 
 import torch
@@ -52,10 +53,7 @@ class KeyPages:
         P, H, D = num_pages, num_kv_heads, head_dim
         capacity = outliers.key_pool_capacity(config, D)
         counted = PAGE_TOKENS if capacity else 0
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
+        zeros = partial(torch.zeros, device=device)
         return cls(
             words=zeros(P, H, config.key_bits, packing.ROWS, D, dtype=torch.int16),
             outliers=zeros(P, H, capacity, dtype=torch.int16),
@@ -95,10 +93,7 @@ class ValuePages:
         P, H, D = num_pages, num_kv_heads, head_dim
         capacity = outliers.value_list_capacity(config, H, D)
         scales = 1 if config.value_grain == "token" else H
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
-
+        zeros = partial(torch.zeros, device=device)
         return cls(
             words=zeros(P, H, config.value_bits, D, packing.ROWS, dtype=torch.int16),
             scales=zeros(P, scales, PAGE_TOKENS, 2, dtype=torch.float16),

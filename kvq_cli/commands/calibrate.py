@@ -15,6 +15,7 @@ from kvq_cli.options import (
     AsJson,
     AttnImplementation,
     BatchSize,
+    Bits,
     DeviceMap,
     Dtype,
     DtypeOption,
@@ -26,6 +27,7 @@ from kvq_cli.options import (
     Seed,
     Sensitivity,
     Solver,
+    TextColumn,
     TrustRemoteCode,
     ValueGrain,
     Verbose,
@@ -52,10 +54,7 @@ def calibrate(
     device_map: DeviceMap = None,
     attn_implementation: AttnImplementation = None,
     trust_remote_code: TrustRemoteCode = False,
-    bits: Annotated[
-        int,
-        option("--bits", panel=QUANTIZATION, help="Bits of a code: 2, 3 or 4."),
-    ] = 4,
+    bits: Bits = 4,
     key_bits: Annotated[
         int | None,
         option("--key-bits", panel=QUANTIZATION, help="Bits of a key's code.", default="--bits"),
@@ -139,10 +138,7 @@ def calibrate(
         str | None,
         option("--split", panel=DATA, help="Split of a Hub data set.", default="train"),
     ] = None,
-    text_column: Annotated[
-        str | None,
-        option("--text-column", panel=DATA, help="Column that holds the text.", default="text"),
-    ] = None,
+    text_column: TextColumn = None,
     num_samples: Annotated[
         int, option("--num-samples", panel=DATA, help="Windows of text.", min=1)
     ] = 16,

@@ -13,8 +13,8 @@ import typer
 
 from kvq_cli.options import (
     OUTPUT,
-    QUANTIZATION,
     AsJson,
+    Bits,
     NoProgress,
     Overwrite,
     Quiet,
@@ -36,10 +36,7 @@ TEXTS = {"builtin": "WikiText-2 test (bundled)", "builtin:c4": "C4 (bundled)"}
 
 def demo(
     context: typer.Context,
-    bits: Annotated[
-        int,
-        option("--bits", panel=QUANTIZATION, help="Bits of a code: 2, 3 or 4."),
-    ] = 3,
+    bits: Bits = 3,
     destination: Annotated[
         Path | None,
         option(

@@ -22,6 +22,7 @@ from kvq_cli.options import (
     NoProgress,
     Quiet,
     Revision,
+    TextColumn,
     TrustRemoteCode,
     Verbose,
     chosen_model,
@@ -71,10 +72,7 @@ def evaluate(
         str | None,
         option("--split", panel=DATA, help="Split of a Hub data set.", default="test"),
     ] = None,
-    text_column: Annotated[
-        str | None,
-        option("--text-column", panel=DATA, help="Column that holds the text.", default="text"),
-    ] = None,
+    text_column: TextColumn = None,
     limit: Annotated[
         int | None,
         option(

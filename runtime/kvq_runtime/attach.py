@@ -14,6 +14,7 @@ from kvq_formats.fingerprint import Fingerprint, check
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.evaluation_rule import attach_codec
 from kvq_runtime.sidecar_codec import SidecarCodec
+from kvq_runtime.supported_models import text_config
 
 
 @contextmanager
@@ -42,7 +43,7 @@ def attach(
         )
     if not isinstance(sidecar, Sidecar):
         sidecar = Sidecar.load(sidecar)
-    found = Fingerprint.from_config(model.config.get_text_config(decoder=True).to_dict())
+    found = Fingerprint.from_config(text_config(model.config))
     check(sidecar.base_model, found)
     with attach_codec(model, SidecarCodec(sidecar)):
         yield model

@@ -60,7 +60,6 @@ class EvaluationTap(AttentionTap):
         self.codec = codec
         self.mask: Tensor | None = None
         self.exact_keys: dict[int, Tensor] = {}
-        self.rotated: set[int] = set()
 
     def on_forward(self, arguments: Mapping[str, Any]) -> None:
         """Learn which tokens are attended; refuse what the rule does not cover."""
@@ -79,11 +78,9 @@ class EvaluationTap(AttentionTap):
             )
         self.mask = mask.bool() if mask is not None and not mask.bool().all() else None
         self.exact_keys.clear()
-        self.rotated.clear()
 
     def on_rotary(self, call: RotaryCall) -> tuple[Tensor, Tensor]:
         """Decode keys before RoPE, then rotate them as the model does."""
-        self.rotated.add(call.layer_idx)
         if call.layer_idx not in self.codec.layers or self.codec.rotated_keys:
             return call.rotate(call.query, call.key)
         decoded = self._decoded(call.layer_idx, call.key, self.codec.decoded_keys)
@@ -96,7 +93,7 @@ class EvaluationTap(AttentionTap):
         layer_idx, key, value = call.layer_idx, call.key, call.value
         if layer_idx not in self.codec.layers:
             return call.attend(call.query, key, value)
-        if layer_idx not in self.rotated:
+        if not call.rotated:
             raise UnsupportedModelError(
                 f"layer {layer_idx} attends without having rotated its keys: layers without RoPE "
                 "are not supported."

@@ -56,6 +56,7 @@ class AttentionCall:
 
     Fields:
         layer_idx: index of the layer.
+        rotated: whether the layer has rotated its keys.
         query: ``[B, HQ, T, D]``; key, value: ``[B, H, S, D]``, as the cache returned them.
         options: what the model passes on: scaling, softcap, s_aux, sliding_window, ...
         attend: the model's own attention, ``(query, key, value) -> (output [B, T, HQ, D],
@@ -63,6 +64,7 @@ class AttentionCall:
     """
 
     layer_idx: int
+    rotated: bool
     query: Tensor
     key: Tensor
     value: Tensor
@@ -168,6 +170,7 @@ def _attention_tapped(
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
         call = AttentionCall(
             layer_idx=layer_index(module),
+            rotated=progress.rotated is not None,
             query=query,
             key=key,
             value=value,
