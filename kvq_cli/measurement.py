@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kvq_calibration.data import TextSource, TokenWindows
+    from kvq_evaluation.perplexity import MeasuredPath
     from kvq_evaluation.report import EvaluationRow
     from kvq_formats.sidecar import Sidecar
 
@@ -72,12 +73,21 @@ def measure(
     sidecars: Mapping[str, Sidecar],
     texts: Sequence[TokenWindows],
     *,
+    path: MeasuredPath = "prefill",
     batch_size: int,
 ) -> list[MeasuredText]:
-    """Measure every sidecar on every text."""
+    """Measure every sidecar on every text; say where a path reads nothing that is quantized."""
     from kvq_cli.progress import Titled
-    from kvq_evaluation.report import evaluate_sidecars
+    from kvq_evaluation.report import decoding_reads_codes, evaluate_sidecars
 
+    if path == "decode":
+        longest = max(windows.input_ids.shape[1] for windows in texts)
+        for name, sidecar in sidecars.items():
+            if not decoding_reads_codes(sidecar.config, tokens=longest):
+                output.warn(
+                    f"{name}: decoding reads nothing from codes in windows of {longest} tokens, "
+                    "because a query's own page is exact; a longer --seq-len measures the cache"
+                )
     measured = []
     with output.progress(*(windows.name for windows in texts)) as progress:
         for windows in texts:
@@ -87,6 +97,7 @@ def measure(
                 sidecars,
                 dataset=windows.name,
                 windows_available=windows.windows_total,
+                path=path,
                 batch_size=batch_size,
                 progress=Titled(progress, f"on {windows.name}"),
             )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,67 +22,148 @@ Variant = Callable[[], AbstractContextManager[object]]
 
 UNQUANTIZED = "unquantized"
 
+MeasuredPath = Literal["prefill", "decode"]
+"""How a variant reads a window: in one forward, or token by token through its cache."""
+
+WindowSums = tuple[int, float, float, int]
+"""Tokens scored in a window, and over them the sums of nll and KL in nats and of agreement."""
+
+PIECE_TOKENS = 64
+"""Tokens that decoding scores at a time; each such piece is a step of progress."""
+
 
 def evaluate(
     model: PreTrainedModel,
     windows: Tensor | Sequence[Tensor],
     *,
     variants: Mapping[str, Variant],
+    path: MeasuredPath = "prefill",
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> list[WindowMetrics]:
     """Score every window under the unquantized model and under each variant.
 
     Args:
-        model: a causal language model; runs in evaluation mode, without gradients and cache.
+        model: a causal language model; runs in evaluation mode, without gradients.
         windows: int64 ``[S, T]``, or a sequence of int64 ``[T_i]``: consecutive pieces of a text
             that do not overlap. A window of T tokens scores T - 1. Batches hold windows of one
             length, so nothing is padded.
         variants: by name; each is entered once a batch.
+        path: ``prefill``: a variant runs as one forward without a cache. ``decode``: it runs as one
+            forward a token, and the cache that its first forward returns is handed to the others;
+            every batch begins without one. The unquantized model always runs as one forward.
         batch_size: windows a forward pass.
-        progress: told of ``(1 + len(variants)) * batches`` steps.
+        progress: told of a step for each forward over whole windows, and for each ``PIECE_TOKENS``
+            tokens of a variant that decodes.
 
     Returns the unquantized model's metrics first, then one for each variant in the order given. For
     each batch the unquantized model runs once and its logits are dropped before the next batch: two
-    ``[batch_size, T, V]`` tensors live at a time, in the model's dtype.
+    ``[batch_size, T, V]`` tensors live at a time, in the model's dtype; where variants decode, one
+    and what ``PIECE_TOKENS`` tokens give.
 
-    Raises DataError where there is nothing to score, ConfigError for a batch size below 1 or a
-    variant named as the unquantized model, CalibrationError for logits that are not finite (naming
-    the variant).
+    Raises DataError where there is nothing to score, ConfigError for a batch size below 1, an
+    unknown path or a variant named as the unquantized model, CalibrationError for logits that are
+    not finite (naming the variant).
     """
     rows = [window.reshape(-1) for window in windows]
-    _check(rows, variants, batch_size)
-    names = [UNQUANTIZED, *variants]
-    contexts: list[Variant] = [nullcontext, *variants.values()]
-    scores: dict[str, list[tuple[int, float, float, int]]] = {name: [] for name in names}
+    _check(rows, variants, path, batch_size)
+    scores: dict[str, list[WindowSums]] = {name: [] for name in (UNQUANTIZED, *variants)}
     batches = _batches(rows, batch_size)
     device = model.get_input_embeddings().weight.device
     listener = progress or SilentProgress()
+    forwards = sum(_num_pieces(len(batch[0]), path) for batch in batches)
     with (
         torch.no_grad(),
         _evaluation_mode(model),
-        listener.stage("evaluate", len(batches) * len(names)) as done,
+        listener.stage("evaluate", len(batches) + len(variants) * forwards) as done,
     ):
         for batch in batches:
             input_ids = torch.stack(batch).to(device)
-            reference: Tensor | None = None
-            for name, context in zip(names, contexts, strict=True):
+            reference = _whole(model, input_ids)
+            scores[UNQUANTIZED] += _score(
+                UNQUANTIZED, [reference], reference, input_ids, len(scores[UNQUANTIZED]), done
+            )
+            for name, context in variants.items():
                 with context():
-                    logits = model(input_ids=input_ids, use_cache=False).logits
-                if reference is None:
-                    reference = logits
-                for row, ids in enumerate(input_ids):
-                    metrics = token_metrics(reference[row, :-1], logits[row, :-1], ids[1:])
-                    nll, kl = float(metrics.nll.sum()), float(metrics.kl.sum())
-                    agreement = int(metrics.agrees.sum())
-                    _check_finite(name, len(scores[name]), nll + kl)
-                    scores[name].append((len(ids) - 1, nll, kl, agreement))
-                del logits
-                done()
-    return [WindowMetrics.from_scores(name, scores[name]) for name in names]
+                    pieces = _pieces(model, input_ids, path)
+                    scores[name] += _score(
+                        name, pieces, reference, input_ids, len(scores[name]), done
+                    )
+            # Before the next batch's logits are made.
+            del reference
+    return [WindowMetrics.from_scores(name, rows) for name, rows in scores.items()]
 
 
-def _check(rows: list[Tensor], variants: Mapping[str, Variant], batch_size: int) -> None:
+def _whole(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Logits ``[B, T, V]`` of one forward without a cache."""
+    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits
+
+
+def _pieces(model: PreTrainedModel, input_ids: Tensor, path: MeasuredPath) -> Iterator[Tensor]:
+    """Logits ``[B, n, V]`` of consecutive tokens, as ``path`` says; the last token is optional.
+
+    Decoding leaves it out: nothing comes after it that could be scored.
+    """
+    if path == "prefill":
+        yield _whole(model, input_ids)
+        return
+    cache = None
+    for piece in input_ids[:, :-1].split(PIECE_TOKENS, dim=1):
+        steps = []
+        for token in piece.split(1, dim=1):
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+        yield torch.cat(steps, dim=1)
+
+
+def _num_pieces(tokens: int, path: MeasuredPath) -> int:
+    """How many tensors ``_pieces`` gives for a window of ``tokens`` tokens."""
+    return 1 if path == "prefill" else -(-(tokens - 1) // PIECE_TOKENS)
+
+
+def _score(
+    name: str,
+    pieces: Iterable[Tensor],
+    reference: Tensor,
+    input_ids: Tensor,
+    first_window: int,
+    done: Callable[[], None],
+) -> list[WindowSums]:
+    """Sums of each window of a batch.
+
+    Args:
+        name: the variant; ``first_window`` is the number of the batch's first window, for errors.
+        pieces: its logits ``[B, n, V]`` of consecutive tokens, together T or T - 1.
+        reference: ``[B, T, V]``, the unquantized model's logits.
+        input_ids: int64 ``[B, T]``.
+        done: called once a piece.
+    """
+    B, T = input_ids.shape
+    sums = [(0, 0.0, 0.0, 0)] * B
+    start = 0
+    for logits in pieces:
+        stop = min(start + logits.shape[1], T - 1)
+        for row, ids in enumerate(input_ids):
+            metrics = token_metrics(
+                reference[row, start:stop], logits[row, : stop - start], ids[start + 1 : stop + 1]
+            )
+            nll, kl = float(metrics.nll.sum()), float(metrics.kl.sum())
+            _check_finite(name, first_window + row, nll + kl)
+            tokens, nll_sum, kl_sum, agreement = sums[row]
+            sums[row] = (
+                tokens + stop - start,
+                nll_sum + nll,
+                kl_sum + kl,
+                agreement + int(metrics.agrees.sum()),
+            )
+        start = stop
+        done()
+    return sums
+
+
+def _check(rows: list[Tensor], variants: Mapping[str, Variant], path: str, batch_size: int) -> None:
     if not rows:
         raise DataError(
             "there is no window to evaluate, expected at least one.",
@@ -96,6 +177,10 @@ def _check(rows: list[Tensor], variants: Mapping[str, Variant], batch_size: int)
         )
     if batch_size < 1:
         raise ConfigError(f"batch size is {batch_size}, expected 1 or more.", hint="--batch-size 1")
+    if path not in get_args(MeasuredPath):
+        raise ConfigError(
+            f"path is {path!r}, expected 'prefill' or 'decode'.", hint="--path prefill"
+        )
     if UNQUANTIZED in variants:
         raise ConfigError(
             f"a variant is named {UNQUANTIZED!r}, the name of the first row.",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torch import Tensor
 
-from kvq_evaluation.perplexity import UNQUANTIZED, Variant, evaluate
+from kvq_evaluation.perplexity import UNQUANTIZED, MeasuredPath, Variant, evaluate
 from kvq_evaluation.statistics import WindowMetrics, perplexity_increase
+from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.effective_bits import effective_bits
 from kvq_formats.progress import Progress
 from kvq_formats.sidecar import Sidecar
@@ -40,6 +41,8 @@ class EvaluationRow:
         windows, windows_available: evaluated, and in the text; fewer than all is a partial result.
         tokens: tokens scored.
         path: ``prefill`` is the evaluation rule: one forward pass over decoded keys and values.
+            ``decode`` is the runtime rule: token by token through the packed cache. The
+            unquantized row is ``prefill`` always.
         metrics: the sums of every window, to pair rows with; not compared, not shown.
     """
 
@@ -57,7 +60,7 @@ class EvaluationRow:
     windows: int
     windows_available: int
     tokens: int
-    path: Literal["prefill", "decode"] = "prefill"
+    path: MeasuredPath = "prefill"
     metrics: WindowMetrics | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -70,6 +73,7 @@ class EvaluationRow:
         effective_bits: float,
         effective_bits_total: float,
         windows_available: int | None = None,
+        path: MeasuredPath = "prefill",
     ) -> Self:
         """Summarize a variant's windows; ``reference`` is the unquantized model's."""
         increase = perplexity_increase(metrics, reference)
@@ -89,6 +93,7 @@ class EvaluationRow:
             windows=windows,
             windows_available=windows if windows_available is None else windows_available,
             tokens=int(metrics.tokens.sum()),
+            path=path,
             metrics=metrics,
         )
 
@@ -172,25 +177,30 @@ def evaluate_sidecars(
     *,
     dataset: str,
     windows_available: int | None = None,
+    path: MeasuredPath = "prefill",
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> list[EvaluationRow]:
-    """Measure sidecars against the unquantized model under the evaluation rule.
+    """Measure sidecars against the unquantized model.
 
     Args:
         model, windows, batch_size, progress: as for ``perplexity.evaluate``.
         sidecars: by the name that their row gets.
         dataset: what the windows were cut from.
         windows_available: windows in the text, if not all are given.
+        path: ``prefill``, the evaluation rule in one forward a window; ``decode``, the runtime rule
+            token by token through the packed cache, where a query reads its own page exactly.
 
     Returns the unquantized model's row, then one a sidecar. Raises what ``evaluate`` raises, and
     FingerprintMismatchError for a sidecar of another model.
     """
+    rule: Literal["evaluation", "runtime"] = "runtime" if path == "decode" else "evaluation"
     variants: dict[str, Variant] = {
-        name: partial(attach, model, sidecar, rule="evaluation")
-        for name, sidecar in sidecars.items()
+        name: partial(attach, model, sidecar, rule=rule) for name, sidecar in sidecars.items()
     }
-    measured = evaluate(model, windows, variants=variants, batch_size=batch_size, progress=progress)
+    measured = evaluate(
+        model, windows, variants=variants, path=path, batch_size=batch_size, progress=progress
+    )
     tokens = max(len(window) for window in windows)
     dtype_bits = float(8 * model.get_input_embeddings().weight.element_size())
     bits = {UNQUANTIZED: (dtype_bits, dtype_bits)}
@@ -203,9 +213,21 @@ def evaluate_sidecars(
             effective_bits=bits[metrics.name][0],
             effective_bits_total=bits[metrics.name][1],
             windows_available=windows_available,
+            path="prefill" if metrics.name == UNQUANTIZED else path,
         )
         for metrics in measured
     ]
+
+
+def decoding_reads_codes(config: KVQConfig, *, tokens: int) -> bool:
+    """Whether decoding a window of ``tokens`` tokens reads any page from its codes.
+
+    The last query is that of the token before the last, which is only a label; its own page and the
+    recent tokens are exact.
+    """
+    last_query = tokens - 2
+    first_page_end = config.sink_tokens + PAGE_TOKENS - 1
+    return first_page_end < last_query - config.recent_tokens
 
 
 def sidecar_bits(sidecar: Sidecar, *, tokens: int) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvq_evaluation.perplexity import MeasuredPath
 from kvq_evaluation.report import EvaluationRow, evaluate_sidecars
 from kvq_formats.errors import ConfigError, DataError
 from kvq_formats.progress import Progress
@@ -25,22 +26,25 @@ def evaluate_on_tokens(
     *,
     tokens: Tensor,
     dataset: str = "tokens",
+    path: MeasuredPath = "prefill",
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> list[EvaluationRow]:
-    """Measure what each sidecar costs, against the unquantized model, under the evaluation rule.
+    """Measure what each sidecar costs, against the unquantized model.
 
     Args:
         model: the causal language model that the sidecars were made for.
         sidecars: objects, folders or files.
         tokens: windows of token ids, int64 ``[S, T]``.
         dataset: a name for the text, for the rows.
+        path: ``prefill``: one forward a window under the evaluation rule; ``decode``: token by
+            token through the packed cache, as ``model.generate`` reads it.
         batch_size: windows a forward pass.
         progress: who hears how far it is.
 
     Returns the unquantized model's row, then one a sidecar, named by its folder or by its place in
-    the list. Raises ConfigError without a sidecar, DataError for tokens that are no ids,
-    SidecarError, FingerprintMismatchError, and what ``evaluate_sidecars`` raises.
+    the list. Raises ConfigError without a sidecar or for an unknown path, DataError for tokens that
+    are no ids, SidecarError, FingerprintMismatchError, and what ``evaluate_sidecars`` raises.
     """
     if not sidecars:
         raise ConfigError(
@@ -54,6 +58,7 @@ def evaluate_on_tokens(
         tokens,
         dict(zip(row_names(sidecars), loaded, strict=True)),
         dataset=dataset,
+        path=path,
         batch_size=batch_size,
         progress=progress,
     )

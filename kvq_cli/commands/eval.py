@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -95,6 +95,14 @@ def evaluate(
         ),
     ] = None,
     batch_size: BatchSize = 1,
+    path: Annotated[
+        Literal["prefill", "decode"],
+        option(
+            "--path",
+            panel=DATA,
+            help="prefill: one forward a window; decode: token by token, as generation reads.",
+        ),
+    ] = "prefill",
     max_ppl_increase: Annotated[
         float | None,
         option(
@@ -134,14 +142,17 @@ def evaluate(
     """Measure what a quantized cache costs.
 
     Perplexity with its standard error, mean KL divergence and top-1 agreement,
-    against the unquantized model on the same tokens. Every key and value but
-    sinks and recent tokens is decoded from its code before a query sees it
-    (path: prefill). Effective bits are counted from bytes at the window's
-    length, without the page that is not complete.
+    against the unquantized model on the same tokens. On the prefill path every
+    key and value but sinks and recent tokens is decoded from its code before a
+    query sees it. On the decode path each token is one forward through the
+    packed cache, and a query's own page of 256 tokens is exact. Effective bits
+    are counted from bytes at the window's length, without the page that is not
+    complete.
 
     [bold]Examples[/bold]
       kvq eval --ppl wikitext2
       kvq eval Qwen/Qwen3-0.6B --sidecar ./q3 --sidecar ./q4 --ppl c4
+      kvq eval --ppl builtin --path decode --limit 4
       kvq eval --ppl ./my-text.txt --max-ppl-increase 0.1
     """
     output: Output = context.obj
@@ -201,11 +212,12 @@ def evaluate(
         device_map=device_map,
         attn_implementation=attn_implementation,
     )
-    measured = measure(output, loaded.model, sidecars, texts, batch_size=batch_size)
+    measured = measure(output, loaded.model, sidecars, texts, path=path, batch_size=batch_size)
     gates = check_gates(measured, max_ppl_increase=max_ppl_increase, max_kl=max_kl)
     payload = {
         "schema": SCHEMA,
         "kvq_version": version("kvq"),
+        "path": path,
         "base_model": loaded.record.model_dump(mode="json"),
         "sidecars": {
             row: {"path": str(path), "config": made.config.model_dump(mode="json")}

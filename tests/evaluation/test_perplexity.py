@@ -3,6 +3,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from kvq_evaluation.baselines.hadamard_int import HadamardInt
-from kvq_evaluation.perplexity import UNQUANTIZED, evaluate
+from kvq_evaluation.perplexity import PIECE_TOKENS, UNQUANTIZED, evaluate
 from kvq_formats.errors import CalibrationError, ConfigError, DataError
 from kvq_runtime.evaluation_rule import attach_codec
 
@@ -110,6 +111,100 @@ def test_logits_are_dropped_after_their_batch(tiny_llama: LlamaForCausalLM) -> N
     assert alive == [0, 1, 1] * 3
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_decoding_through_a_cache_scores_the_same_tokens(
+    tiny_llama: LlamaForCausalLM, batch_size: int
+) -> None:
+    # Two pieces and a half, and a window with a batch to itself.
+    windows = [*random_windows(3, 2 * PIECE_TOKENS + 33), random_windows(1, 2)[0]]
+    whole, decoded = evaluate(
+        tiny_llama,
+        windows,
+        variants={"stock cache": nullcontext},
+        path="decode",
+        batch_size=batch_size,
+    )
+    assert torch.equal(whole.tokens, decoded.tokens)
+    # The stock cache is exact, so that sums differ by rounding: 2**-24 of a logit for each of some
+    # 200 operations of a forward and each logit's size, below 16.
+    difference = 2.0**-24 * 200 * 16
+    assert (whole.nll - decoded.nll).abs().max() <= 2 * difference * whole.tokens.max()
+    assert decoded.kl.abs().max() <= (2.0**-23 * 40 + difference**2) * whole.tokens.max()
+    assert decoded.mean_agreement > 0.99
+
+
+def test_decoding_feeds_one_token_a_forward_and_no_old_cache(tiny_llama: LlamaForCausalLM) -> None:
+    fed: list[tuple[tuple[int, ...], int]] = []
+
+    def watch(_module: nn.Module, _args: object, arguments: dict[str, Any]) -> None:
+        cache = arguments.get("past_key_values")
+        fed.append((tuple(arguments["input_ids"].shape), cache.get_seq_length() if cache else 0))
+
+    hook = tiny_llama.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        evaluate(tiny_llama, random_windows(3, 5), variants={"a": nullcontext}, path="decode")
+    finally:
+        hook.remove()
+    # What the last token's logits would say has no label.
+    assert fed == [((1, 5), 0), *(((1, 1), held) for held in range(4))] * 3
+
+
+def test_decoding_keeps_a_piece_of_logits(tiny_llama: LlamaForCausalLM) -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def watch(_module: nn.Module, _args: object, output: Tensor) -> None:
+        nonlocal most
+        alive = [logits for ref in seen if (logits := ref()) is not None]
+        most = max(most, sum(logits.shape[1] for logits in alive))
+        seen.append(weakref.ref(output))
+
+    hook = tiny_llama.lm_head.register_forward_hook(watch)
+    length = 3 * PIECE_TOKENS
+    try:
+        evaluate(tiny_llama, random_windows(2, length), variants={"a": nullcontext}, path="decode")
+    finally:
+        hook.remove()
+    # The unquantized model's, and the piece's but the newest.
+    assert most == length + PIECE_TOKENS - 1
+
+
+def test_a_change_in_the_middle_of_decoding_is_scored_there(tiny_llama: LlamaForCausalLM) -> None:
+    position = PIECE_TOKENS + 5
+    calls = 0
+
+    def flat_once(logits: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.zeros_like(logits) if calls == position + 1 else logits
+
+    windows = random_windows(1, 2 * PIECE_TOKENS)
+    _, decoded = evaluate(
+        tiny_llama, windows, variants={"a": variant(tiny_llama, flat_once)}, path="decode"
+    )
+    with torch.no_grad():
+        log_p = tiny_llama(windows).logits[0, position].double().log_softmax(-1)
+    expected = (log_p.exp() * (log_p + torch.tensor(320.0).log())).sum()
+    assert float(decoded.kl[0]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_poison_in_the_middle_of_decoding_names_variant_and_window(
+    tiny_llama: LlamaForCausalLM,
+) -> None:
+    def broken(logits: Tensor) -> Tensor:
+        logits[-1, 0, 5] = float("nan")
+        return logits
+
+    with pytest.raises(CalibrationError, match=r"broken gave NaN.*window 1"):
+        evaluate(
+            tiny_llama,
+            random_windows(2, 20),
+            variants={"broken": variant(tiny_llama, broken)},
+            path="decode",
+            batch_size=2,
+        )
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_poisoned_logits_name_the_variant(tiny_llama: LlamaForCausalLM, poison: float) -> None:
     def broken(logits: Tensor) -> Tensor:
@@ -132,6 +227,7 @@ def test_poisoned_logits_name_the_variant(tiny_llama: LlamaForCausalLM, poison: 
         (torch.zeros(2, 1, dtype=torch.int64), {}, DataError),
         ([torch.zeros(9, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)], {}, DataError),
         (torch.zeros(2, 9, dtype=torch.int64), {"batch_size": 0}, ConfigError),
+        (torch.zeros(2, 9, dtype=torch.int64), {"path": "decoded"}, ConfigError),
         (
             torch.zeros(2, 9, dtype=torch.int64),
             {"variants": {UNQUANTIZED: nullcontext}},
@@ -154,25 +250,50 @@ def test_the_model_is_left_as_it_was(tiny_llama: LlamaForCausalLM) -> None:
     assert all(parameter.grad is None for parameter in tiny_llama.parameters())
 
 
+class Counter:
+    """Hears of steps."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int]] = []
+        self.steps = 0
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:
+        self.stages.append((name, total))
+        yield self.step
+
+    def step(self) -> None:
+        self.steps += 1
+
+
 def test_progress_counts_forwards(tiny_llama: LlamaForCausalLM) -> None:
-    class Counter:
-        def __init__(self) -> None:
-            self.stages: list[tuple[str, int]] = []
-            self.steps = 0
-
-        @contextmanager
-        def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:
-            self.stages.append((name, total))
-            yield self.step
-
-        def step(self) -> None:
-            self.steps += 1
-
     counter = Counter()
     variants = {"a": nullcontext, "b": nullcontext}
     evaluate(tiny_llama, random_windows(5, 10), variants=variants, batch_size=2, progress=counter)
     assert counter.stages == [("evaluate", 9)]
     assert counter.steps == 9
+
+
+def test_progress_of_decoding_moves_within_a_window(tiny_llama: LlamaForCausalLM) -> None:
+    counter = Counter()
+    seen: list[int] = []
+
+    def watch(logits: Tensor) -> Tensor:
+        seen.append(counter.steps)
+        return logits
+
+    evaluate(
+        tiny_llama,
+        # A window of 2 * PIECE_TOKENS + 1 tokens is decoded in two pieces, one more token in three.
+        [random_windows(1, 2 * PIECE_TOKENS + extra)[0] for extra in (1, 2)],
+        variants={"a": variant(tiny_llama, watch)},
+        path="decode",
+        progress=counter,
+    )
+    assert counter.stages == [("evaluate", 1 + 2 + 1 + 3)]
+    assert counter.steps == 7
+    first = [1] * PIECE_TOKENS + [2] * PIECE_TOKENS
+    assert seen == first + [4] * PIECE_TOKENS + [5] * PIECE_TOKENS + [6]
 
 
 class Garbage:

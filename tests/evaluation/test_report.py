@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -10,16 +12,17 @@ from transformers import LlamaForCausalLM
 
 from garbage import with_garbage_codebooks
 from kvq_calibration.pipeline import calibrate
-from kvq_evaluation.perplexity import UNQUANTIZED
+from kvq_evaluation.perplexity import UNQUANTIZED, MeasuredPath
 from kvq_evaluation.report import (
     HEADERS,
     EvaluationRow,
+    decoding_reads_codes,
     evaluate_sidecars,
     sidecar_bits,
     table,
 )
 from kvq_evaluation.statistics import WindowMetrics
-from kvq_formats.config import KVQConfig
+from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.errors import FingerprintMismatchError
 from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
@@ -133,6 +136,39 @@ def test_sidecars_are_measured(tiny_llama: LlamaForCausalLM) -> None:
     assert by_four.agreement > garbage.agreement
     assert (by_four.effective_bits, by_four.effective_bits_total) == sidecar_bits(four, tokens=1024)
     assert by_two.effective_bits < by_four.effective_bits < by_four.effective_bits_total
+
+
+@pytest.mark.parametrize(("path", "rule"), [("prefill", "evaluation"), ("decode", "runtime")])
+def test_a_path_is_measured_under_its_rule(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, path: MeasuredPath, rule: str
+) -> None:
+    rules: list[str] = []
+
+    @contextmanager
+    def stock(model: LlamaForCausalLM, sidecar: Sidecar, *, rule: str) -> Iterator[None]:
+        rules.append(rule)
+        yield
+
+    monkeypatch.setattr("kvq_evaluation.report.attach", stock)
+    sidecar = make_sidecar(tiny_llama, bits=4)
+    windows = random_windows(2, 300, seed=4)
+    rows = evaluate_sidecars(tiny_llama, windows, {"four": sidecar}, dataset="random", path=path)
+    assert rules == [rule] * 2
+    # Nothing but the sidecar's row is decoded; what it holds at that length is the same.
+    assert [row.path for row in rows] == ["prefill", path]
+    assert rows[1].to_json()["path"] == path
+    assert table(rows).rows[1][-1] == path
+    bits = (rows[1].effective_bits, rows[1].effective_bits_total)
+    assert bits == sidecar_bits(sidecar, tokens=300)
+
+
+@pytest.mark.parametrize(("sinks", "recent"), [(1, 0), (0, 0), (4, 100)])
+def test_decoding_reads_codes_from_the_first_query_after_a_page(sinks: int, recent: int) -> None:
+    config = KVQConfig(sink_tokens=sinks, recent_tokens=recent)
+    # Sinks, the page, recent tokens, the query that reads the page, and its label.
+    shortest = sinks + PAGE_TOKENS + recent + 2
+    assert decoding_reads_codes(config, tokens=shortest)
+    assert not decoding_reads_codes(config, tokens=shortest - 1)
 
 
 def test_a_sidecar_of_another_model_is_refused(tiny_llama: LlamaForCausalLM) -> None:

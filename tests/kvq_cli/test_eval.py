@@ -9,6 +9,7 @@ import pytest
 from command_line import Kvq
 from kvq_cli.output import Output
 from kvq_cli.session import cache_folder, remember
+from kvq_formats.config import PAGE_TOKENS
 
 FEW = ("--limit", 2, "--seq-len", 64)
 
@@ -68,6 +69,46 @@ def test_json_and_raw_results(
     raw = json.loads((tmp_path / "results.json").read_text())
     assert raw["schema"] == "kvq.eval/1"
     assert len(raw["texts"][0]["rows"][1]["per_window"]["nll"]) == 2
+
+
+def test_the_decode_path(kvq: Kvq, sidecar: Path, text_file: Path, tmp_path: Path) -> None:
+    arguments = ("eval", "--sidecar", sidecar, "--ppl", text_file, "--limit", 1)
+    arguments = (*arguments, "--seq-len", 2 * PAGE_TOKENS, "--path", "decode")
+    ran = kvq(*arguments, "--max-kl", 1e-12, "--json", "-o", "r.json")
+    # The bar is held against the decoded row, and missed.
+    assert ran.code == 3
+    (text,) = ran.json["texts"]
+    unquantized, quantized = text["rows"]
+    assert (ran.json["path"], unquantized["path"], quantized["path"]) == (
+        "decode",
+        "prefill",
+        "decode",
+    )
+    assert text["partial"].startswith("1 of ")
+    assert quantized["kl"] > 0
+    assert unquantized["tokens"] == quantized["tokens"] == 2 * PAGE_TOKENS - 1
+    assert "reads nothing from codes" not in ran.stderr
+    raw = json.loads((tmp_path / "r.json").read_text())
+    assert raw["path"] == "decode"
+    assert raw["texts"][0]["rows"][1]["path"] == "decode"
+    prefill = kvq(*arguments[:-2], "--json").json
+    other = prefill["texts"][0]["rows"][1]
+    assert (prefill["path"], other["path"]) == ("prefill", "prefill")
+    assert other["effective_bits"] == quantized["effective_bits"]
+    # The query's own page is exact on the decode path only.
+    assert other["kl"] > quantized["kl"]
+
+
+def test_decoding_less_than_a_page_is_said_to_measure_nothing(
+    kvq: Kvq, sidecar: Path, text_file: Path
+) -> None:
+    ran = kvq("eval", "--sidecar", sidecar, "--ppl", text_file, "--path", "decode", *FEW)
+    assert ran.code == 0
+    assert (
+        f"Warning: {sidecar.name}: decoding reads nothing from codes in windows of 64 tokens"
+        in ran.stderr
+    )
+    assert "--seq-len" in ran.stderr
 
 
 def test_results_are_kept_in_the_cache_without_a_file(
@@ -161,6 +202,7 @@ def test_another_model_of_the_same_shape_is_a_warning(
         (("-o", "."), 1, "is a folder"),
         (("--sidecar", "nowhere"), 1, "nowhere"),
         (("--limit", 0), 2, "--limit"),
+        (("--path", "generate"), 2, "'generate' is not one of 'prefill', 'decode'"),
         (("--max-kl", "nan"), 2, "--max-kl is nan"),
         (("--max-ppl-increase", "inf"), 2, "--max-ppl-increase is inf"),
         (("--max-kl", -1), 2, "--max-kl is -1"),
