@@ -125,15 +125,3 @@ def unpack_values(words: Tensor, *, bits: int) -> Tensor:
     *lead, _, channels, _ = words.shape
     tiles = _unpack_tiles(words, bits).transpose(-1, -2)
     return tiles.reshape(*lead, PAGE_TOKENS, channels).to(torch.uint8)
-
-
-def rotary_channel_order(head_dim: int, rotary_dim: int, *, interleaved: bool) -> Tensor:
-    """Order in which key channels are stored, i64 ``[D]``: ``stored = keys[..., order]``.
-
-    First halves of the rotary pairs, then their second halves, then the channels that are not
-    rotated, so that partial and interleaved RoPE read as the same kernel.
-    """
-    channels = torch.arange(head_dim)
-    if not interleaved:
-        return channels
-    return torch.cat([channels[:rotary_dim:2], channels[1:rotary_dim:2], channels[rotary_dim:]])

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +23,16 @@ from kvq_formats.errors import UnsupportedModelError
 from kvq_formats.fingerprint import Fingerprint
 from kvq_kernels.rotary import RotaryAngles, rotate
 from kvq_runtime.rope import ROTARY_FUNCTION, attention_modules
-from kvq_runtime.supported_models import EXAMPLE, quantized_layers, text_config
+from kvq_runtime.rotary_source import (
+    FREQUENCIES,
+    RotarySource,
+    find_source,
+    unsupported_rotation,
+)
+from kvq_runtime.supported_models import quantized_layers, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-FREQUENCIES = "inv_freq"
-"""Buffer of a rotary module: radians a position, f32 ``[R / 2]``."""
 
 CHECKED_POSITIONS = (0, 1, 7, 300)
 
@@ -87,15 +89,22 @@ def learn_rotary(model: PreTrainedModel) -> Mapping[int, LayerRotary]:
     types = getattr(config, "layer_types", None)
     head_dim = Fingerprint.from_config(text_config(model.config)).head_dim
     names = {module: name for name, module in model.named_modules()}
+    rotary = {
+        name: module
+        for module, name in names.items()
+        if any(buffer.endswith(FREQUENCIES) for buffer in module._buffers)
+    }
     attentions = attention_modules(model)
     learned: dict[tuple[nn.Module, str | None, Callable[..., Any]], LayerRotary] = {}
     layers: dict[int, LayerRotary] = {}
     for layer_idx in quantized_layers(model.config):
         if layer_idx not in attentions:
-            raise _unsupported(model, f"layer {layer_idx} has no attention that kvq understands")
+            raise unsupported_rotation(
+                model, f"layer {layer_idx} has no attention that kvq understands"
+            )
         attention = attentions[layer_idx]
         layer_type = types[layer_idx] if types else None
-        source = _find_source(model, names[attention], layer_type)
+        source = find_source(model, rotary, names[attention], layer_type)
         function = _rotary_function(model, attention)
         key = (source.module, source.layer_type, function)
         if key not in learned:
@@ -104,129 +113,13 @@ def learn_rotary(model: PreTrainedModel) -> Mapping[int, LayerRotary]:
     return layers
 
 
-class _Source:
-    """Where a layer's angles come from: a rotary module, and a layer type if it has several."""
-
-    def __init__(self, module: nn.Module, layer_type: str | None) -> None:
-        self.module = module
-        self.layer_type = layer_type
-        self.prefix = "" if layer_type is None else f"{layer_type}_"
-        self._read: tuple[Tensor, int | None, float] | None = None
-        self._angles: RotaryAngles | None = None
-
-    @property
-    def frequencies(self) -> Tensor:
-        """The module's own, f32 or the dtype that the model was cast to."""
-        return self.module.get_buffer(self.prefix + FREQUENCIES)
-
-    @property
-    def scaling(self) -> float:
-        return float(getattr(self.module, f"{self.prefix}attention_scaling", 1.0))
-
-    def cos_sin(self, positions: Tensor) -> Any:
-        """What the module returns for i64 ``[T]``, in f32; it may change its frequencies."""
-        device = self.frequencies.device
-        like = torch.empty(0, dtype=torch.float32, device=device)
-        arguments = () if self.layer_type is None else (self.layer_type,)
-        # Not the module itself: its hooks are for the forwards of the model.
-        return self.module.forward(like, positions.to(device)[None], *arguments)
-
-    def snapshot(self) -> RotaryAngles:
-        """The angles of now."""
-        return RotaryAngles(frequencies=self.frequencies.detach().double(), scaling=self.scaling)
-
-    def angles(self) -> RotaryAngles:
-        """``snapshot``, or the last one if nothing has changed since."""
-        buffer = self.frequencies
-        # Tensors that were made in inference mode count no versions.
-        version = None if buffer.is_inference() else buffer._version
-        scaling = self.scaling
-        if self._read is not None and self._angles is not None:
-            known, known_version, known_scaling = self._read
-            untouched = known is buffer and version is not None and version == known_version
-            if untouched and scaling == known_scaling:
-                return self._angles
-        angles = self.snapshot()
-        self._read = (buffer, version, scaling)
-        if self._angles is None or not _same(self._angles, angles):
-            self._angles = angles
-        return self._angles
-
-    @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """Put back whatever the module changes in itself while the context is open."""
-        attributes = dict(self.module.__dict__)
-        buffers = dict(self.module._buffers)
-        values = {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
-        try:
-            yield
-        finally:
-            for now, before in (
-                (self.module.__dict__, attributes),
-                (self.module._buffers, buffers),
-            ):
-                for name in now.keys() - before.keys():
-                    del now[name]
-                now.update(before)
-            for name, value in values.items():
-                buffer = self.module.get_buffer(name)
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-def _same(one: RotaryAngles, other: RotaryAngles) -> bool:
-    return (
-        one.scaling == other.scaling
-        and one.frequencies.device == other.frequencies.device
-        and torch.equal(one.frequencies, other.frequencies)
-    )
-
-
-def _unsupported(model: nn.Module, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{type(model).__name__} rotates its keys in a way that kvq does not know: {reason}.",
-        hint=EXAMPLE,
-    )
-
-
-def _find_source(model: nn.Module, attention: str, layer_type: str | None) -> _Source:
-    """The one rotary module in the smallest part of the model that holds it and the attention."""
-    path = attention.split(".")
-    for length in range(len(path), -1, -1):
-        owner = ".".join(path[:length])
-        sources = [
-            source
-            for module in model.get_submodule(owner).modules()
-            if (source := _source_of(module, layer_type)) is not None
-        ]
-        if len(sources) > 1:
-            raise _unsupported(
-                model,
-                f"{owner} has {len(sources)} modules with a buffer {FREQUENCIES!r}, expected one",
-            )
-        if sources:
-            return sources[0]
-    raise _unsupported(
-        model, f"no module with a buffer {FREQUENCIES!r} was found for {attention}, expected one"
-    )
-
-
-def _source_of(module: nn.Module, layer_type: str | None) -> _Source | None:
-    buffers = module._buffers
-    if buffers.get(FREQUENCIES) is not None:
-        return _Source(module, None)
-    if layer_type is not None and buffers.get(f"{layer_type}_{FREQUENCIES}") is not None:
-        return _Source(module, layer_type)
-    return None
-
-
 def _rotary_function(model: nn.Module, attention: nn.Module) -> Callable[..., Any]:
     file = sys.modules[type(attention).__module__]
     function: Callable[..., Any] | None = getattr(file, ROTARY_FUNCTION, None)
     if function is None:
-        raise _unsupported(model, f"{file.__name__} has no {ROTARY_FUNCTION}")
+        raise unsupported_rotation(model, f"{file.__name__} has no {ROTARY_FUNCTION}")
     if list(inspect.signature(function).parameters)[:2] != ["q", "k"]:
-        raise _unsupported(
+        raise unsupported_rotation(
             model, f"{ROTARY_FUNCTION} of {file.__name__} does not take queries and keys together"
         )
     return function
@@ -242,12 +135,12 @@ class _Probe:
     """
 
     model: nn.Module
-    source: _Source
+    source: RotarySource
     function: Callable[..., Any]
     head_dim: int
 
     def unsupported(self, reason: str) -> UnsupportedModelError:
-        return _unsupported(self.model, reason)
+        return unsupported_rotation(self.model, reason)
 
     @property
     def device(self) -> torch.device:
@@ -261,13 +154,14 @@ class _Probe:
             raise self.unsupported(
                 f"{type(self.source.module).__name__} fails on positions alone ({error})"
             ) from error
-        shapes = [tuple(part.shape) for part in found if isinstance(part, Tensor)]
+        parts = found if isinstance(found, tuple | list) else (found,)
+        shapes = [tuple(part.shape) for part in parts if isinstance(part, Tensor)]
         if len(shapes) != 2 or {shape[:-1] for shape in shapes} != {(1, len(positions))}:
             raise self.unsupported(
                 f"{type(self.source.module).__name__} returns tensors of shapes {shapes}, expected "
                 f"cosines and sines of (1, {len(positions)}, channels)"
             )
-        return found[0], found[1]
+        return parts[0], parts[1]
 
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """The model's own rotation of ``[1, heads, T, D]``."""
@@ -303,12 +197,10 @@ def _pairs(probe: _Probe) -> tuple[list[tuple[int, int]], list[int]]:
     At cosine 0 and sine 1 a pair (1, 0) becomes (0, 1), and (0, 1) becomes (-1, 0).
     """
     D = probe.head_dim
-    cos, _ = probe.cos_sin(torch.arange(D))
+    cos, _ = probe.cos_sin(torch.arange(D, device=probe.device))
     identity = torch.eye(D, dtype=torch.float32, device=probe.device)[None, None]
-    images = probe.rotate(identity, identity, torch.zeros_like(cos), torch.ones_like(cos))
-    if not torch.equal(*images):
-        raise probe.unsupported("queries and keys are rotated differently")
-    image = images[1][0, 0]
+    _, image = probe.rotate(identity, identity, torch.zeros_like(cos), torch.ones_like(cos))
+    image = image[0, 0]
     targets = image.abs().argmax(dim=-1)
     signs = image.gather(1, targets[:, None])[:, 0]
     exact = torch.zeros_like(image).scatter_(1, targets[:, None], signs[:, None].sign())
@@ -326,7 +218,7 @@ def _pairs(probe: _Probe) -> tuple[list[tuple[int, int]], list[int]]:
 
 def _by_frequency(probe: _Probe, pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The pairs in the order of the rotary module's frequencies."""
-    cos, sin = probe.cos_sin(torch.ones(1, dtype=torch.int64))
+    cos, sin = probe.cos_sin(torch.ones(1, dtype=torch.int64, device=probe.device))
     angles = probe.source.snapshot()
     frequencies = angles.frequencies
     if len(frequencies) != len(pairs):

@@ -93,15 +93,3 @@ def test_round_trip(bits: int, head_dim: int, lead: tuple[int, ...], seed: int) 
 def test_what_cannot_be_packed_is_refused(bits: int, shape: tuple[int, int]) -> None:
     with pytest.raises(ConfigError):
         packing.pack_keys(torch.zeros(shape, dtype=torch.uint8), bits=bits)
-
-
-@pytest.mark.parametrize("rotary_dim", [8, 16])
-def test_interleaved_channels_are_stored_half_after_half(rotary_dim: int) -> None:
-    order = packing.rotary_channel_order(16, rotary_dim, interleaved=True)
-    assert sorted(order.tolist()) == list(range(16))
-    half = rotary_dim // 2
-    # The two channels of a pair lie half the rotary dimension apart, as in the usual layout.
-    assert torch.equal(order[half:rotary_dim] - order[:half], torch.ones(half, dtype=torch.long))
-    assert order[rotary_dim:].tolist() == list(range(rotary_dim, 16))
-    plain = packing.rotary_channel_order(16, rotary_dim, interleaved=False)
-    assert plain.tolist() == list(range(16))
