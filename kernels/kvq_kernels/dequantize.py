@@ -159,8 +159,8 @@ class ValueDequantizer:
         ``[P, S, 256]``; center f32 ``[P, S, 256]``), S being 1 or H.
         """
         P, H, _, D, _ = pages.words.shape
-        # Move the subsets of a channel together while a pair still is one index; two indices an
-        # element, since only whole rows of a subset move.
+        # Reordered while a pair of numbers is still one index. The pairs of a channel and subset
+        # stay together, so they move two at a time.
         subsets = self._table.indices(pages.words).view(torch.int64)
         by_channel = subsets.transpose(2, 3).contiguous().view(torch.int32)
         normalised = self._table.lookup(by_channel).view(P, H, D, PAGE_TOKENS)
