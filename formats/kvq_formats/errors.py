@@ -52,6 +52,14 @@ class CalibrationError(KVQError):
     """A measurement that cannot be used: NaN activations, a layer that was never called."""
 
 
+class CacheFullError(KVQError):
+    """More tokens than the cache was made for."""
+
+
+class NotEnoughMemoryError(KVQError):
+    """A run that cannot fit: found out before anything is allocated."""
+
+
 class GateMissedError(KVQError):
     """The command ran, but a bar that the user set was missed."""
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from os import PathLike
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
@@ -13,37 +14,68 @@ from kvq_formats.errors import ConfigError
 from kvq_formats.fingerprint import Fingerprint, check
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.evaluation_rule import attach_codec
+from kvq_runtime.implementation import choose_implementation
+from kvq_runtime.page_codec import page_codecs
+from kvq_runtime.runtime_rule import attach_pages
 from kvq_runtime.sidecar_codec import SidecarCodec
 from kvq_runtime.supported_models import text_config
 
+logger = logging.getLogger(__name__)
 
-@contextmanager
+AttachRule = Literal["runtime", "evaluation", "exact-prefill"]
+
+
 def attach(
     model: PreTrainedModel,
-    sidecar: Sidecar | str | PathLike[str],
+    sidecar: Sidecar | str | os.PathLike[str],
     *,
-    rule: Literal["evaluation"],
-) -> Iterator[PreTrainedModel]:
+    rule: AttachRule = "runtime",
+    impl: Literal["reference", "triton"] | None = None,
+) -> AbstractContextManager[PreTrainedModel]:
     """Run ``model`` with a quantized key/value cache; the stock model is back on exit.
 
     Args:
         model: a causal language model of transformers, on any device, in any dtype.
         sidecar: what ``calibrate`` returned, or the path of a saved one.
-        rule: what a query sees. ``"evaluation"``: every key and value except sinks and each
-            query's own recent tokens is decoded; one forward over the whole text, batches may be
-            padded.
+        rule: what a query sees. ``"runtime"``: complete pages from their codes, its own page, sinks
+            and recent tokens exactly, however the text is fed; serves ``model.generate`` and plain
+            forwards, on a packed cache that is made where none is passed. ``"exact-prefill"``: the
+            same, but tokens of one forward read each other exactly, as in KVQuant and transformers.
+            ``"evaluation"``: every key and value except sinks and each query's own recent tokens is
+            decoded; one forward over the whole text.
+        impl: of attention over packed pages; None chooses by the device.
 
     Raises:
         FingerprintMismatchError: the sidecar was calibrated for another model.
-        KVQError: the model is attached already, or a forward is one that the rule does not cover.
+        KVQError: the model is attached already, ``impl`` cannot run here, or a forward is one that
+            the rule does not cover.
     """
-    if rule != "evaluation":
-        raise ConfigError(
-            f"rule is {rule!r}; this version knows 'evaluation'.", hint='rule="evaluation"'
-        )
+    if rule not in get_args(AttachRule):
+        names = ", ".join(repr(name) for name in get_args(AttachRule))
+        raise ConfigError(f"rule is {rule!r}, expected one of {names}.", hint='rule="runtime"')
+    return _attached(model, fitting_sidecar(model, sidecar), rule, impl)
+
+
+@contextmanager
+def _attached(
+    model: PreTrainedModel, sidecar: Sidecar, rule: AttachRule, impl: str | None
+) -> Iterator[PreTrainedModel]:
+    chosen = choose_implementation(model.device, impl)
+    if rule == "evaluation":
+        with attach_codec(model, SidecarCodec(sidecar)):
+            yield model
+        return
+    logger.info("attention over packed pages: %s (%s)", chosen.name, chosen.reason)
+    with attach_pages(model, page_codecs(model, sidecar), rule=rule):
+        yield model
+
+
+def fitting_sidecar(model: PreTrainedModel, sidecar: Sidecar | str | os.PathLike[str]) -> Sidecar:
+    """Load a sidecar where it is a path, and check that it was made for ``model``.
+
+    Raises SidecarError, FingerprintMismatchError.
+    """
     if not isinstance(sidecar, Sidecar):
         sidecar = Sidecar.load(sidecar)
-    found = Fingerprint.from_config(text_config(model.config))
-    check(sidecar.base_model, found)
-    with attach_codec(model, SidecarCodec(sidecar)):
-        yield model
+    check(sidecar.base_model, Fingerprint.from_config(text_config(model.config)))
+    return sidecar

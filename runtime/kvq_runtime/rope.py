@@ -33,6 +33,9 @@ PREFIX = "kvq_tap_"
 _tap_numbers = itertools.count()
 
 
+MaskFunction = Callable[..., Any]
+
+
 @dataclass(frozen=True)
 class RotaryCall:
     """One layer is about to rotate its queries and keys.
@@ -75,8 +78,18 @@ class AttentionCall:
 class AttentionTap:
     """Sees every attention layer of a model; as it stands it changes nothing."""
 
-    def on_forward(self, arguments: Mapping[str, Any]) -> None:
-        """Called before each forward of the decoder with its arguments by name."""
+    def on_forward(self, arguments: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Called before each forward of the decoder with its arguments by name.
+
+        Returns arguments to replace, if any.
+        """
+
+    def on_positions(self, position_ids: Tensor) -> None:
+        """Called as the model asks for the rotation of positions, i64 ``[B or 1, T]``."""
+
+    def mask_function(self, stock: MaskFunction) -> MaskFunction:
+        """What makes the masks of a forward, as transformers' mask interface calls it."""
+        return stock
 
     def on_rotary(self, call: RotaryCall) -> tuple[Tensor, Tensor]:
         """Return the query and key that go on to the cache and to attention."""
@@ -95,6 +108,15 @@ def attention_modules(model: nn.Module) -> dict[int, nn.Module]:
         if isinstance(getattr(module, "layer_idx", None), int)
         and type(module).__name__.endswith("Attention")
     }
+
+
+def rotary_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules that turn positions into cosines and sines: those that hold frequencies."""
+    return [
+        module
+        for module in model.modules()
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+    ]
 
 
 def layer_index(attention: nn.Module) -> int:
@@ -182,7 +204,7 @@ def _attention_tapped(
     # Without a mask function of its own a custom implementation gets no mask at all, and causality
     # vanishes without a word: the tap uses the one of the implementation that it stands for.
     AttentionInterface.register(name, tapped_attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+    AttentionMaskInterface.register(name, tap.mask_function(ALL_MASK_ATTENTION_FUNCTIONS[original]))
     model.set_attn_implementation(name)
     try:
         yield
@@ -233,6 +255,9 @@ def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
     progress = _Progress()
     decoder = model.base_model
     signature = inspect.signature(decoder.forward)
+    rest = next(
+        (p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "kwargs"
+    )
 
     def enter_layer(module: nn.Module, _args: Any) -> None:
         progress.layer_idx, progress.rotated = layer_index(module), None
@@ -240,14 +265,29 @@ def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
     def leave_layer(_module: nn.Module, _args: Any, _output: Any) -> None:
         progress.layer_idx = None
 
-    def enter_forward(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        tap.on_forward(signature.bind_partial(*args, **kwargs).arguments)
+    def enter_forward(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        bound = signature.bind_partial(*args, **kwargs)
+        replaced = tap.on_forward(bound.arguments)
+        if replaced is None:
+            return None
+        # By name, all of them: what wraps a forward looks for its options among the keywords.
+        named = {**bound.arguments, **replaced}
+        others = named.pop(rest, {})
+        return (), {**named, **others}
+
+    def enter_rotary(module: nn.Module, args: Any, kwargs: Any) -> None:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+        if (position_ids := bound.arguments.get("position_ids")) is not None:
+            tap.on_positions(position_ids)
 
     with ExitStack() as stack:
         for module in modules.values():
             stack.callback(module.register_forward_pre_hook(enter_layer).remove)
             stack.callback(module.register_forward_hook(leave_layer, always_call=True).remove)
         stack.callback(decoder.register_forward_pre_hook(enter_forward, with_kwargs=True).remove)
+        for rotary in rotary_modules(decoder):
+            hook = rotary.register_forward_pre_hook(enter_rotary, with_kwargs=True)
+            stack.callback(hook.remove)
         for file in files:
             stack.enter_context(_rotary_tapped(file, tap, progress))
         stack.enter_context(_attention_tapped(model, tap, progress))

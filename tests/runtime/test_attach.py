@@ -116,11 +116,11 @@ def test_a_missing_sidecar_and_an_unknown_rule(tmp_path: Path) -> None:
     with pytest.raises(SidecarError), attach(model, tmp_path / "none", rule="evaluation"):
         pass
     with (
-        pytest.raises(ConfigError, match="'runtime'") as caught,
-        attach(model, sidecar(), rule="runtime"),  # type: ignore[arg-type]
+        pytest.raises(ConfigError, match=r"'exact'.*'exact-prefill'") as caught,
+        attach(model, sidecar(), rule="exact"),  # type: ignore[arg-type]
     ):
         pass
-    assert caught.value.hint == 'rule="evaluation"'
+    assert caught.value.hint == 'rule="runtime"'
 
 
 @torch.no_grad()

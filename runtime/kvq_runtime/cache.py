@@ -1,0 +1,215 @@
+"""The packed cache of a whole model, as transformers' ``generate`` knows caches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    get_layer_types_and_kwargs,
+)
+
+from kvq_formats.errors import ConfigError, KVQError
+from kvq_formats.sidecar import Sidecar
+from kvq_runtime.layer import PackedLayer
+from kvq_runtime.page_codec import (
+    PageCodec,
+    SidecarPageCodec,
+    page_codecs,
+    unrotated_codecs,
+)
+
+BF16_BYTES = 2
+
+
+class PackedCache(Cache):
+    """Packed layers where the sidecar quantizes, stock layers (sliding windows) everywhere else.
+
+    Belongs to one model and sidecar, and is used inside ``kvq.attach``, which makes one by itself
+    where none is passed. Several turns, ``crop``, beams and the other operations of caches work;
+    padding takes no room.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sidecar: Sidecar | str | os.PathLike[str],
+        *,
+        capacity: int | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        """Allocate for ``capacity`` tokens of ``batch_size`` rows, or let it grow.
+
+        Args:
+            model: the model that will use it; raises FingerprintMismatchError for another one than
+                the sidecar's, UnsupportedModelError where its rotation is not understood.
+            sidecar: an object or a path.
+            capacity: slots a row, padding included. Pages are allocated at once and more tokens are
+                refused (CacheFullError). None grows in slabs.
+            batch_size: rows that are allocated for with a capacity.
+        """
+        from kvq_runtime.attach import fitting_sidecar
+
+        if capacity is not None and capacity < 1:
+            raise ConfigError(
+                f"capacity is {capacity}, expected at least 1 token.", hint="capacity=4096"
+            )
+        codecs = page_codecs(model, fitting_sidecar(model, sidecar))
+        super().__init__(layers=cache_layers(model.config, codecs, capacity=capacity))
+        if capacity is not None:
+            for layer in packed_layers(self):
+                device, dtype = layer_placement(model, self.layers.index(layer))
+                layer.allocate(batch_size, dtype=dtype, device=device)
+
+    @property
+    def tokens_held(self) -> list[int]:
+        """Attended tokens of each row."""
+        return [row.tokens for row in next(packed_layers(self)).rows]
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of every tensor that the cache has allocated, stock layers included."""
+        return sum(layer.allocated_bytes for layer in packed_layers(self)) + self._stock_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes without pages that are allocated and not in use."""
+        return sum(layer.held_bytes for layer in packed_layers(self)) + self._stock_bytes
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Bytes that a 16-bit cache of the tokens held would take."""
+        packed = sum(
+            2 * BF16_BYTES * layer.codec.num_kv_heads * layer.codec.head_dim * row.tokens
+            for layer in packed_layers(self)
+            for row in layer.rows
+        )
+        return packed + self._stock_bytes * BF16_BYTES // max(self._stock_itemsize, 1)
+
+    @property
+    def _stock_tensors(self) -> list[torch.Tensor]:
+        return [
+            tensor
+            for layer in self.layers
+            if not isinstance(layer, PackedLayer)
+            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+            if tensor is not None
+        ]
+
+    @property
+    def _stock_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._stock_tensors)
+
+    @property
+    def _stock_itemsize(self) -> int:
+        return max((tensor.element_size() for tensor in self._stock_tensors), default=0)
+
+
+def packed_layers(cache: Cache) -> Iterator[PackedLayer]:
+    """The packed layers of a cache, in order."""
+    return (layer for layer in cache.layers if isinstance(layer, PackedLayer))
+
+
+def cache_layers(
+    config: PreTrainedConfig, codecs: Mapping[int, PageCodec], *, capacity: int | None = None
+) -> list[Any]:
+    """One layer a model layer: packed where there is a codec, the stock dynamic one elsewhere."""
+    types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    return [
+        PackedLayer(codecs[layer_idx], capacity=capacity)
+        if layer_idx in codecs
+        else DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
+        for layer_idx, (kind, given) in enumerate(zip(types, options, strict=True))
+    ]
+
+
+def layer_placement(model: PreTrainedModel, layer_idx: int) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the keys of a layer."""
+    from kvq_runtime.rope import attention_modules
+
+    weight = next(attention_modules(model)[layer_idx].parameters())
+    dtype = weight.dtype if weight.dtype.is_floating_point else model.dtype
+    return weight.device, dtype
+
+
+def adopt(cache: Cache | None, model: PreTrainedModel, codecs: Mapping[int, PageCodec]) -> Cache:
+    """The packed cache that a forward uses in place of ``cache``.
+
+    None makes a new one. An empty DynamicCache *becomes* a packed one, so that whoever holds it, as
+    ``generate`` does, sees the tokens. A packed cache is taken as it is.
+
+    Raises KVQError for a cache that holds unquantized tokens, is of another kind, or was packed
+    with another sidecar.
+    """
+    if cache is None:
+        cache = DynamicCache()
+    if type(cache) is PackedCache:
+        _check_codecs(cache, codecs)
+        return cache
+    if type(cache) is not DynamicCache or cache.offloading:
+        raise KVQError(
+            f"a {type(cache).__name__}{' with offloading' if cache.offloading else ''} was passed; "
+            "an attached model runs on a packed cache.",
+            hint="leave past_key_values and cache_implementation out",
+        )
+    if cache.get_seq_length() > 0:
+        raise KVQError(
+            f"past_key_values holds {cache.get_seq_length()} tokens that are not quantized; an "
+            "attached model runs on a packed cache.",
+            hint="start with a new cache inside `with kvq.attach(...)`",
+        )
+    cache.__class__ = PackedCache
+    cache.layers = cache_layers(model.config, codecs)
+    cache.layer_class_to_replicate = None
+    return cache
+
+
+def _check_codecs(cache: Cache, codecs: Mapping[int, PageCodec]) -> None:
+    for layer_idx, layer in enumerate(cache.layers):
+        wanted = codecs.get(layer_idx)
+        given = layer.codec if isinstance(layer, PackedLayer) else None
+        if (given is None) != (wanted is None) or not _same(given, wanted):
+            raise KVQError(
+                "the packed cache that was passed belongs to another sidecar or model.",
+                hint="start with a new cache inside `with kvq.attach(...)`",
+            )
+
+
+def _same(given: PageCodec | None, wanted: PageCodec | None) -> bool:
+    if given is wanted:
+        return True
+    if not isinstance(given, SidecarPageCodec) or not isinstance(wanted, SidecarPageCodec):
+        return False
+    return given.config == wanted.config and given.digest == wanted.digest
+
+
+def cache_bytes(
+    config: PreTrainedConfig,
+    sidecar: Sidecar,
+    *,
+    capacity: int,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """Bytes that a PackedCache of ``capacity`` tokens allocates: counted, and nothing allocated.
+
+    Stock sliding-window layers count what they hold when the cache is full. ``dtype`` is the
+    model's.
+    """
+    codecs = unrotated_codecs(sidecar)
+    total = 0
+    fingerprint = sidecar.base_model.fingerprint
+    for layer in cache_layers(config, codecs, capacity=capacity):
+        if isinstance(layer, PackedLayer):
+            layer.allocate(batch_size, dtype=dtype, device="meta")
+            total += layer.allocated_bytes
+        elif (window := layer.get_max_length()) > 0:
+            tokens = min(capacity, window - 1)
+            heads = fingerprint.num_kv_heads * fingerprint.head_dim
+            total += 2 * batch_size * tokens * heads * dtype.itemsize
+    return total

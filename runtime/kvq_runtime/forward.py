@@ -1,0 +1,81 @@
+"""What one forward pass says of its tokens: which are attended, and at which positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from kvq_formats.errors import KVQError, UnsupportedModelError
+
+Rule = Literal["runtime", "exact-prefill"]
+
+
+@dataclass
+class Forward:
+    """The running forward of an attached model.
+
+    Fields:
+        attended: for each row, which of the T tokens are attended, i64; None for all.
+        runs: the same as spans ``(start, stop)``.
+        positions: i32 ``[B, T]``.
+        active: whether the attachment that it belongs to is still open.
+    """
+
+    attended: Sequence[Tensor | None]
+    runs: Sequence[Sequence[tuple[int, int]]]
+    positions: Tensor
+    active: bool = True
+    _keys: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def consecutive(cls, first: int, B: int, T: int, *, device: torch.device) -> Self:
+        """All T tokens of B rows attended, at positions ``first``, ``first + 1``, ..."""
+        positions = torch.arange(first, first + T, dtype=torch.int32, device=device)
+        return cls([None] * B, [[(0, T)] if T else []] * B, positions.expand(B, T))
+
+    def expect_key(self, key: Tensor) -> Tensor:
+        """Note the key that a layer is about to cache, as the rotation returned it."""
+        self._keys = [key]
+        return key
+
+    def check_key(self, key: Tensor) -> None:
+        """Raise UnsupportedModelError if a model changed its key after the rotation."""
+        if not self._keys or self._keys[0] is not key:
+            raise UnsupportedModelError(
+                "this model changes its keys between RoPE and the cache; kvq stores keys before "
+                "RoPE and cannot follow."
+            )
+
+
+def spans(attended: Tensor) -> list[tuple[int, int]]:
+    """Spans ``(start, stop)`` of True in bool ``[T]``."""
+    edges = torch.nn.functional.pad(attended.to("cpu", torch.int8), (1, 1)).diff().nonzero()[:, 0]
+    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
+
+
+def check_positions(positions: Tensor, attended: Tensor | None) -> None:
+    """Refuse positions ``[B, T]`` that no cache of one text a row can have.
+
+    Raises KVQError for positions below 0, beyond int32, or that go back within a row.
+    """
+    if positions.numel() == 0:
+        return
+    low, high = int(positions.min()), int(positions.max())
+    if low < 0 or high > torch.iinfo(torch.int32).max:
+        raise KVQError(
+            f"position_ids reach from {low} to {high}, expected 0 to 2**31 - 1.",
+            hint="leave position_ids out",
+        )
+    back = positions[:, 1:] < positions[:, :-1]
+    if attended is not None:
+        back &= attended[:, 1:] & attended[:, :-1]
+    if back.any():
+        raise KVQError(
+            "position_ids go back within a row: several texts in one row (packed sequences) are "
+            "not supported.",
+            hint="give each text a row of its own, padded with an attention_mask",
+        )

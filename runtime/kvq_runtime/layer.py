@@ -1,0 +1,365 @@
+"""A cache layer of transformers that is made of packed pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from kvq_formats.config import PAGE_TOKENS
+from kvq_formats.errors import CacheFullError, KVQError
+from kvq_kernels.attention import AttentionOptions, ExactTokens, attend
+from kvq_kernels.rotary import rotate
+from kvq_runtime.exact_tokens import ExactBuffers, Tokens
+from kvq_runtime.forward import Forward, Rule
+from kvq_runtime.page_codec import PageCodec
+from kvq_runtime.page_pool import PagePool
+from kvq_runtime.row_pages import PooledPages
+from kvq_runtime.rows import Row
+
+CUT_SHIFT = 23
+"""A block table entry is a page's id; of a page that was cut, plus ``(256 - length) << 23``."""
+
+ENCODED_BLOCK_BYTES = 4 * 2**20
+"""Keys in f32 that are encoded at a time."""
+
+
+@dataclass(frozen=True)
+class PackedStates:
+    """What ``update`` returns in place of keys and of values; only kvq's attention can read it.
+
+    Fields:
+        layer: the layer that holds them.
+        shape: ``[B, H, S, D]`` as a stock layer would return it, padding included.
+        fed: the keys or values of this forward as they came in.
+    """
+
+    layer: PackedLayer
+    shape: tuple[int, ...]
+    fed: Tensor
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What the queries of one row read in this forward.
+
+    Fields:
+        attended: which of the T queries are attended, i64; None for all.
+        index: of the first one in its row.
+        held_pages: pages that were complete before.
+        exact: sinks and all tokens after the held pages.
+        sinks: how many of them are sinks.
+        start: index of the first token after the held pages.
+    """
+
+    attended: Tensor | None
+    index: int
+    held_pages: int
+    exact: Tokens
+    sinks: int
+    start: int
+
+
+class PackedLayer(CacheLayerMixin):
+    """Keys before RoPE and values of one layer: sinks, packed pages, and a tail of exact tokens.
+
+    Tensors, all allocated once:
+        ``pool``: pages, in slabs; ``block_table`` i32 ``[B, max_pages]``: their ids;
+        ``exact``: sinks, then the tail, which is packed page by page when it is full.
+    Padding is never stored, so that a row's pages do not depend on its batch.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, codec: PageCodec, *, capacity: int | None = None) -> None:
+        """``capacity``: slots a row; allocated at once, and more is refused. None grows."""
+        super().__init__()
+        self.codec = codec
+        self.capacity = capacity
+        self.forward: Forward | None = None
+        self.slots = 0
+        self.rows: list[Row] = []
+        self._readings: list[_Reading] = []
+
+    # What transformers asks of a layer.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the shapes, dtype and device of the first ``[B, H, T, D]``."""
+        self.allocate(key_states.shape[0], dtype=key_states.dtype, device=key_states.device)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Store ``[B, H, T, D]`` of the running forward; return what attention reads them by.
+
+        Raises KVQError outside of ``kvq.attach``, CacheFullError beyond the capacity.
+        """
+        if self.forward is None or not self.forward.active:
+            raise KVQError(
+                "a packed cache is used outside of the `with kvq.attach(...)` that reads it.",
+                hint="run the model inside `with kvq.attach(model, sidecar):`",
+            )
+        self.forward.check_key(key_states)
+        self.append(key_states, value_states, forward=self.forward)
+        shape = (*key_states.shape[:2], self.slots, key_states.shape[-1])
+        return PackedStates(self, shape, key_states), PackedStates(self, shape, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that a mask for ``query_length`` more queries has."""
+        return self.slots + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Slots that were fed, padding included."""
+        return self.slots
+
+    def get_max_length(self) -> int:
+        """Slots that there is room for; -1 without a limit."""
+        return -1 if self.capacity is None else self.capacity
+
+    def reset(self) -> None:
+        """Forget all tokens; slabs stay allocated."""
+        self._drop_rows(self.rows)
+        self.rows = [Row() for _ in self.rows]
+        self.slots = 0
+        self._readings = []
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` slots of every row; a count > 0 is what to keep.
+
+        A page that is cut keeps its codes and gets a smaller length: decoded numbers are never
+        encoded again.
+        """
+        kept = tokens_to_remove if tokens_to_remove > 0 else self.slots + tokens_to_remove
+        kept = max(0, kept)
+        if kept >= self.slots:
+            return
+        for place, row in enumerate(self.rows):
+            self.pool.release(row.crop(kept))
+            self._write_table(place, max(0, len(row.pages) - 1))
+        self.slots = kept
+        self._readings = []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes what row ``beam_idx[i]`` was."""
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` (integers, or a mask of booleans)."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self._select(indices.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times; the copies name the same pages."""
+        self._select([row for row in range(len(self.rows)) for _ in range(repeats)])
+
+    def offload(self) -> None:
+        """Refused: packed layers stay where they are."""
+        raise KVQError(
+            "a packed cache cannot be offloaded.", hint='leave cache_implementation="offloaded" out'
+        )
+
+    def prefetch(self) -> None:
+        """Refused as ``offload``."""
+        self.offload()
+
+    # Storage.
+
+    def allocate(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Allocate for ``batch_size`` rows; on the ``meta`` device only to count bytes."""
+        self.dtype, self.device = dtype, torch.device(device)
+        if self.device.type != "meta":
+            self.codec = self.codec.to(self.device)
+        self.pool = PagePool(self.codec, device=self.device)
+        pages = self._pages_at_capacity()
+        self.pool.reserve(batch_size * pages)
+        self.block_table = torch.zeros(batch_size, pages, dtype=torch.int32, device=device)
+        self.exact = ExactBuffers(
+            batch_size,
+            self.codec.sink_tokens + self.window,
+            num_kv_heads=self.codec.num_kv_heads,
+            head_dim=self.codec.head_dim,
+            dtype=dtype,
+            device=self.device,
+        )
+        self.rows = [Row() for _ in range(batch_size)]
+        self.is_initialized = True
+
+    @property
+    def window(self) -> int:
+        """Tokens that the tail holds at most: the recent ones and one page."""
+        return self.codec.recent_tokens + PAGE_TOKENS
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of every tensor that the layer has allocated for its rows."""
+        if not self.is_initialized:
+            return 0
+        return self.pool.allocated_bytes + self.exact.nbytes + self.block_table.nbytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes without pages that are allocated and not in use."""
+        if not self.is_initialized:
+            return 0
+        free = self.pool.num_pages - self.pool.used_pages
+        return self.allocated_bytes - free * self.pool.page_bytes
+
+    def append(
+        self, key_states: Tensor, value_states: Tensor, *, forward: Forward | None = None
+    ) -> None:
+        """Store the keys (before RoPE, in rotary channel order) and values of T more slots.
+
+        Args:
+            key_states, value_states: ``[B, H, T, D]``.
+            forward: which tokens are attended, and their positions; without it all are, and
+                positions go on from the slots.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        B, _, T, _ = key_states.shape
+        if len(self.rows) != B:
+            raise KVQError(
+                f"the cache holds {len(self.rows)} rows and got {B}.",
+                hint="start with a new cache, or call cache.reset()",
+            )
+        if self.capacity is not None and self.slots + T > self.capacity:
+            raise CacheFullError(
+                f"the cache has room for {self.capacity:,} tokens a row; {self.slots:,} are used "
+                f"and {T:,} more came.",
+                hint="a larger capacity (--context), or a new cache",
+            )
+        if forward is None:
+            forward = Forward.consecutive(self.slots, B, T, device=self.device)
+        # Freed before anything is written: the tokens of the last forward may be large.
+        self._readings = []
+        self._readings = [
+            self._append_row(place, Tokens(*fed), forward)
+            for place, fed in enumerate(
+                zip(key_states, value_states, forward.positions, strict=True)
+            )
+        ]
+        self.slots += T
+
+    def attend(self, query: Tensor, options: AttentionOptions, *, rule: Rule) -> Tensor:
+        """Attention of the queries of the last update, f32 ``[B, T, HQ, D]``.
+
+        ``query`` is ``[B, HQ, T, D]``, rotated, in rotary channel order. Padding gives 0.
+        """
+        B, HQ, T, D = query.shape
+        output = query.new_zeros(B, T, HQ, D, dtype=torch.float32)
+        angles = self.codec.rotary.angles()
+        for place, reading in enumerate(self._readings):
+            attended = slice(None) if reading.attended is None else reading.attended
+            asked = query[place][:, attended]
+            if asked.shape[1] == 0:
+                continue
+            keys, values, positions = reading.exact
+            output[place, attended] = attend(
+                asked,
+                index=reading.index,
+                pages=PooledPages(self.pool, self.rows[place], angles),
+                held_pages=reading.held_pages,
+                exact=ExactTokens(
+                    keys=rotate(keys, *angles.cos_sin(positions)),
+                    values=values,
+                    sinks=reading.sinks,
+                    start=reading.start,
+                ),
+                recent_tokens=self.codec.recent_tokens,
+                options=options,
+                exact_prefill=rule == "exact-prefill" and T > 1,
+            )
+        self._readings = []
+        return output
+
+    def _append_row(self, place: int, fed: Tokens, forward: Forward) -> _Reading:
+        """Store one row's T tokens, padding among them, and pack the pages that they complete."""
+        row, attended = self.rows[place], forward.attended[place]
+        if attended is not None:
+            fed = fed.at(attended)
+        for start, stop in forward.runs[place]:
+            row.attend(self.slots + start, self.slots + stop)
+        S, new, index = self.codec.sink_tokens, fed.length, row.tokens
+        if new == 1 and row.tail == self.window:
+            # The one query that comes reads this page from its codes already.
+            self._pack(place, self.exact.read(place, S, S + row.tail), 1)
+        held = len(row.pages)
+        # Sinks fill the first places, and only when they are full does the tail begin.
+        used = row.sinks + row.tail
+        if used + new <= S + self.window:
+            self.exact.write(place, used, fed)
+            row.sinks = min(S, used + new)
+            row.tail = used + new - row.sinks
+            exact = self.exact.read(place, 0, used + new)
+            return _Reading(attended, index, held, exact, row.sinks, row.tail_start)
+        exact = self.exact.read(place, 0, used).followed_by(fed)
+        row.sinks = S
+        row.tail = used + new - S
+        reading = _Reading(attended, index, held, exact, S, row.tail_start)
+        self.exact.write(place, 0, exact.at(slice(0, S)))
+        complete = -(-(row.tail - self.window) // PAGE_TOKENS)
+        self._pack(place, exact.at(slice(S, None)), complete)
+        return reading
+
+    def _pack(self, place: int, tail: Tokens, count: int) -> None:
+        """Pack the first ``count`` pages of a row's tail; what is left becomes the tail."""
+        row = self.rows[place]
+        pages = self.pool.take(count)
+        H, _, D = tail.keys.shape
+        step = max(1, ENCODED_BLOCK_BYTES // (4 * H * PAGE_TOKENS * D))
+        for first in range(0, count, step):
+            some = pages[first : first + step]
+            span = slice(first * PAGE_TOKENS, (first + len(some)) * PAGE_TOKENS)
+            self.pool.write(some, *tail.at(span))
+        old = len(row.pages)
+        row.tail -= count * PAGE_TOKENS
+        row.add_pages(pages)
+        self._write_table(place, old)
+        self.exact.write(place, self.codec.sink_tokens, tail.at(slice(count * PAGE_TOKENS, None)))
+
+    def _pages_at_capacity(self) -> int:
+        """Pages of a row that is full: those that no later token could still read exactly."""
+        if self.capacity is None:
+            return 0
+        paged = self.capacity - self.codec.sink_tokens - self.codec.recent_tokens - 1
+        return max(0, paged // PAGE_TOKENS)
+
+    def _write_table(self, place: int, first: int) -> None:
+        """Bring the block table of a row up to date from its page ``first`` on."""
+        row = self.rows[place]
+        count, room = len(row.pages), self.block_table.shape[1]
+        if count > room:
+            more = max(count, 2 * room) - room
+            self.block_table = torch.nn.functional.pad(self.block_table, (0, more))
+        entries = [
+            page + ((PAGE_TOKENS - length) << CUT_SHIFT)
+            for page, length in zip(row.pages[first:], row.lengths[first:], strict=True)
+        ]
+        self.block_table[place, first:count] = torch.tensor(
+            entries, dtype=torch.int32, device=self.device
+        )
+
+    def _drop_rows(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self.pool.release(row.pages)
+
+    def _select(self, indices: Sequence[int]) -> None:
+        if not self.is_initialized:
+            return
+        chosen = [self.rows[index].copy() for index in indices]
+        for row in chosen:
+            self.pool.share(row.pages)
+        self._drop_rows(self.rows)
+        self.rows = chosen
+        order = torch.tensor(indices, dtype=torch.int64, device=self.device)
+        self.exact.select(order)
+        self.block_table = self.block_table.index_select(0, order)
+        self._readings = []

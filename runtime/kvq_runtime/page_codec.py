@@ -1,0 +1,165 @@
+"""One layer's pages: what encodes them, what reads them, in the order that its rotation wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvq_formats import pages
+from kvq_formats.config import KVQConfig
+from kvq_formats.pages import KeyPages, ValuePages
+from kvq_formats.parameters import KeyParameters, LayerParameters
+from kvq_formats.sidecar import Sidecar
+from kvq_formats.sidecar_tensors import layer_tensors, tensors_sha256
+from kvq_kernels.dequantize import KeyDequantizer, ValueDequantizer
+from kvq_runtime.rotary_layout import LayerRotary, learn_rotary
+
+
+class PageCodec(Protocol):
+    """Encodes complete pages of one layer and reads them back.
+
+    Pages are dataclasses of tensors whose first axis counts pages; keys are before RoPE, in rotary
+    channel order (``rotary.order``), and have a field ``base_positions`` i32 ``[P]``.
+
+    Fields:
+        sink_tokens, recent_tokens: tokens that stay exact.
+        num_kv_heads, head_dim: H and D of what it encodes.
+        rotary: how the layer rotates its keys.
+    """
+
+    @property
+    def sink_tokens(self) -> int: ...
+
+    @property
+    def recent_tokens(self) -> int: ...
+
+    @property
+    def num_kv_heads(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def rotary(self) -> LayerRotary: ...
+
+    def allocate(self, num_pages: int, *, device: torch.device | str) -> tuple[Any, Any]:
+        """Empty key and value pages; on the ``meta`` device they cost nothing."""
+        ...
+
+    def encode(self, keys: Tensor, values: Tensor) -> tuple[Any, Any]:
+        """Pages of ``[H, P * 256, D]`` keys and values, any float dtype; positions are not set."""
+        ...
+
+    def decode_keys(self, key_pages: Any) -> Tensor:
+        """f32 ``[P, H, 256, D]``, before RoPE."""
+        ...
+
+    def decode_values(self, value_pages: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Values, half-range and centre as ``kvq_kernels.attention.DecodedPages`` wants them."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """The same codec with its tables on ``device``."""
+        ...
+
+
+class SidecarPageCodec:
+    """The pages that a sidecar describes."""
+
+    def __init__(
+        self,
+        parameters: LayerParameters,
+        config: KVQConfig,
+        rotary: LayerRotary | None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """``parameters`` name key channels in rotary channel order.
+
+        Without ``rotary`` the codec tells shapes and bytes only.
+        """
+        self.config = config
+        self.parameters = parameters
+        self._rotary = rotary
+        self.sink_tokens = config.sink_tokens
+        self.recent_tokens = config.recent_tokens
+        self.num_kv_heads, self.head_dim = parameters.key.center.shape
+        self.keys = KeyDequantizer(parameters.key, bits=config.key_bits, device=device)
+        self.values = ValueDequantizer(parameters.value, bits=config.value_bits, device=device)
+
+    @property
+    def rotary(self) -> LayerRotary:
+        """How the layer rotates its keys."""
+        assert self._rotary is not None
+        return self._rotary
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the parameters."""
+        return tensors_sha256(layer_tensors({0: self.parameters}))
+
+    def allocate(
+        self, num_pages: int, *, device: torch.device | str
+    ) -> tuple[KeyPages, ValuePages]:
+        """Empty pages of both kinds."""
+        H, D = self.num_kv_heads, self.head_dim
+        sizes: dict[str, Any] = {"num_pages": num_pages, "num_kv_heads": H, "head_dim": D}
+        return (
+            KeyPages.allocate(self.config, **sizes, device=device),
+            ValuePages.allocate(self.config, **sizes, device=device),
+        )
+
+    def encode(self, keys: Tensor, values: Tensor) -> tuple[KeyPages, ValuePages]:
+        """Quantize and pack; see ``kvq_formats.pages``."""
+        return (
+            pages.encode_keys(keys.float(), self.parameters.key, self.config),
+            pages.encode_values(values.float(), self.parameters.value, self.config),
+        )
+
+    def decode_keys(self, key_pages: KeyPages) -> Tensor:
+        """f32 ``[P, H, 256, D]``, before RoPE."""
+        return self.keys.dequantize(key_pages)
+
+    def decode_values(self, value_pages: ValuePages) -> tuple[Tensor, Tensor, Tensor]:
+        """f32 ``[P, H, D, 256]`` in units of half-range; half-range and centre ``[P, S, 256]``."""
+        return self.values.dequantize(value_pages)
+
+    def to(self, device: torch.device) -> SidecarPageCodec:
+        """The same with its tables on ``device``."""
+        return SidecarPageCodec(self.parameters, self.config, self._rotary, device=device)
+
+
+def page_codecs(model: PreTrainedModel, sidecar: Sidecar) -> dict[int, PageCodec]:
+    """A codec for each quantized layer of ``model``.
+
+    Raises UnsupportedModelError where the model's rotation is not understood.
+    """
+    rotaries: Mapping[int, LayerRotary] = learn_rotary(model)
+    codecs: dict[int, PageCodec] = {}
+    for layer_idx, layer in sidecar.layers.items():
+        rotary = rotaries[layer_idx]
+        ordered = replace(layer, key=_reordered(layer.key, rotary.order))
+        codecs[layer_idx] = SidecarPageCodec(ordered, sidecar.config, rotary)
+    return codecs
+
+
+def unrotated_codecs(sidecar: Sidecar) -> dict[int, PageCodec]:
+    """Codecs that tell shapes and bytes without a model."""
+    return {
+        layer_idx: SidecarPageCodec(layer, sidecar.config, None)
+        for layer_idx, layer in sidecar.layers.items()
+    }
+
+
+def _reordered(parameters: KeyParameters, order: Tensor) -> KeyParameters:
+    return replace(
+        parameters,
+        center=parameters.center[:, order].contiguous(),
+        half_range=parameters.half_range[:, order].contiguous(),
+    )

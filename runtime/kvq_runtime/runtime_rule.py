@@ -1,0 +1,286 @@
+"""The runtime rule: an attached model stores packed pages and attends straight over them.
+
+Keys reach the cache before RoPE; what ``update`` hands on to attention are ``PackedStates``, which
+only the attention here can read. How the tokens of a text are fed, whole, in chunks or one by one,
+makes no difference to what a query sees (``docs/method.md``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import causal_mask_function
+
+from kvq_formats.errors import KVQError, UnsupportedModelError
+from kvq_kernels.attention import AttentionOptions
+from kvq_kernels.rotary import rotate
+from kvq_runtime.cache import adopt, packed_layers
+from kvq_runtime.forward import Forward, Rule, check_positions, spans
+from kvq_runtime.layer import PackedStates
+from kvq_runtime.page_codec import PageCodec
+from kvq_runtime.rope import (
+    AttentionCall,
+    AttentionTap,
+    MaskFunction,
+    RotaryCall,
+    tap_attention,
+)
+from kvq_runtime.rows import attended_mask
+
+HONOURED_OPTIONS = frozenset({"scaling", "softcap", "s_aux", "sliding_window", "dropout"})
+"""Attention options that change what is computed, and that are honoured or checked."""
+
+HARMLESS_OPTIONS = frozenset(
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "num_items_in_batch",
+        "logits_to_keep",
+        "position_embeddings",
+        "is_first_iteration",
+    }
+)
+"""Options that models pass through and that attention has no use for."""
+
+
+class RuntimeTap(AttentionTap):
+    """Puts a packed cache under every forward."""
+
+    def __init__(
+        self, model: PreTrainedModel, codecs: Mapping[int, PageCodec], *, rule: Rule
+    ) -> None:
+        self.model = model
+        self.codecs = codecs
+        self.rule = rule
+        self.cache: Cache | None = None
+        self.forward: Forward | None = None
+        self.attended: Tensor | None = None
+        self.shape = (0, 0)
+        self.stock: dict[int, tuple[Tensor, Tensor]] = {}
+        self.stock_prefill = False
+        self.orders: dict[int, Tensor | slice] = {}
+
+    def close(self) -> None:
+        """Caches that are kept beyond the attachment say so when they are used."""
+        if self.forward is not None:
+            self.forward.active = False
+
+    def on_forward(self, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Put a packed cache in place and learn which tokens are attended."""
+        if arguments.get("output_attentions") or _config_wants_attentions(self.model):
+            raise KVQError(
+                "attention weights are asked for; attention over packed pages has none to return.",
+                hint="output_attentions=False",
+            )
+        if torch.is_grad_enabled() and self.model.training:
+            raise KVQError(
+                "the model is in training mode; a packed cache serves inference only.",
+                hint="model.eval(), or rule='evaluation' for a plain forward",
+            )
+        cache = adopt(arguments.get("past_key_values"), self.model, self.codecs)
+        inputs = arguments.get("input_ids")
+        if inputs is None:
+            inputs = arguments.get("inputs_embeds")
+        if inputs is None:
+            raise KVQError("a forward without input_ids or inputs_embeds.")
+        self.close()
+        self.cache, self.shape = cache, (inputs.shape[0], inputs.shape[1])
+        slots = cache.get_seq_length()
+        self.attended = self._attended(arguments.get("attention_mask"), slots)
+        self.forward = None
+        self.stock.clear()
+        self.stock_prefill = self.rule == "exact-prefill" and slots == 0
+        return {"past_key_values": cache}
+
+    def on_positions(self, position_ids: Tensor) -> None:
+        """Make the forward known to the layers, which store positions."""
+        B, T = self.shape
+        if position_ids.dim() == 3 and bool((position_ids == position_ids[:1]).all()):
+            position_ids = position_ids[0]
+        if position_ids.dim() != 2 or position_ids.shape[-1] != T:
+            raise UnsupportedModelError(
+                f"positions of shape {list(position_ids.shape)}, expected [{B}, {T}]; positions "
+                "of several axes (images, video) are not supported."
+            )
+        if self.forward is not None:
+            # Models with several rotations ask once for each, always for the same positions.
+            return
+        check_positions(position_ids, self.attended)
+        positions = position_ids.to(torch.int32).expand(B, T)
+        rows: list[Tensor | None] = [None] * B
+        if self.attended is not None:
+            rows = [None if row.all() else row for row in self.attended]
+        self.forward = Forward(
+            attended=[None if row is None else row.nonzero()[:, 0] for row in rows],
+            runs=[[(0, T)] if row is None else spans(row) for row in rows],
+            positions=positions,
+        )
+        assert self.cache is not None
+        for layer in packed_layers(self.cache):
+            layer.forward = self.forward
+
+    def mask_function(self, stock: MaskFunction) -> MaskFunction:
+        """Masks for stock layers; packed ones mask for themselves, at any length."""
+
+        def mask(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("local_size") is not None or self.stock_prefill:
+                return stock(*args, **kwargs)
+            if kwargs.get("mask_function") is not causal_mask_function:
+                raise UnsupportedModelError(
+                    "the model masks its attention in a way of its own (not causal over the whole "
+                    "context); packed pages are read causally."
+                )
+            return None
+
+        return mask
+
+    def on_rotary(self, call: RotaryCall) -> tuple[Tensor, Tensor]:
+        """Rotate the query; the key goes to the cache as it is, in rotary channel order."""
+        codec = self.codecs.get(call.layer_idx)
+        if codec is None:
+            return call.rotate(call.query, call.key)
+        if self.forward is None:
+            raise UnsupportedModelError(
+                "the model rotates its keys without having asked for positions; kvq cannot know "
+                "where they are."
+            )
+        if self.stock_prefill:
+            self.stock[call.layer_idx] = call.rotate(call.query, call.key)
+        order = self._order(call.layer_idx, codec, call.key.device)
+        positions = self.forward.positions.to(call.query.device)
+        cos, sin = codec.rotary.angles().cos_sin(positions)
+        query = rotate(call.query[..., order], cos[:, None], sin[:, None])
+        return query.to(call.query.dtype), self.forward.expect_key(call.key[..., order])
+
+    def on_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Attend over packed pages, or as the model does where a layer is not packed."""
+        states: Any = call.key
+        if not isinstance(states, PackedStates):
+            if call.layer_idx in self.codecs:
+                raise UnsupportedModelError(
+                    f"layer {call.layer_idx} attends to keys that did not come from the cache."
+                )
+            return call.attend(call.query, call.key, call.value)
+        if not call.rotated:
+            raise UnsupportedModelError(
+                f"layer {call.layer_idx} attends without having rotated its keys: layers without "
+                "RoPE are not supported."
+            )
+        tokens = max((row.tokens for row in states.layer.rows), default=0)
+        options = attention_options(call.options, tokens=tokens, head_dim=states.shape[-1])
+        if (rotated := self.stock.pop(call.layer_idx, None)) is not None:
+            fed: Any = call.value
+            return call.attend(*rotated, fed.fed)
+        output = states.layer.attend(call.query, options, rule=self.rule)
+        return output.to(call.query.dtype), None
+
+    def _order(self, layer_idx: int, codec: PageCodec, device: torch.device) -> Tensor | slice:
+        order = self.orders.get(layer_idx)
+        if order is None:
+            learned = codec.rotary.order
+            straight = torch.equal(learned.cpu(), torch.arange(len(learned)))
+            # A slice copies nothing.
+            order = slice(None) if straight else learned.to(device)
+            self.orders[layer_idx] = order
+        return order
+
+    def _attended(self, mask: Tensor | None, slots: int) -> Tensor | None:
+        """Bool ``[B, T]`` of this forward's tokens; None if all are attended.
+
+        Raises KVQError for masks of another shape, and where padding of earlier forwards changed.
+        """
+        B, T = self.shape
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise KVQError(
+                f"attention_mask is {shape}; packed pages are read causally and take a padding "
+                "mask [batch, tokens] or none.",
+                hint="leave custom masks out",
+            )
+        if tuple(mask.shape) != (B, slots + T):
+            raise KVQError(
+                f"attention_mask is {list(mask.shape)}, expected [{B}, {slots + T}]: "
+                f"{slots} tokens in the cache and {T} new ones.",
+                hint="the mask covers the tokens that the cache holds, too",
+            )
+        mask = mask.bool()
+        assert self.cache is not None
+        layer = next(packed_layers(self.cache))
+        if slots and not torch.equal(mask[:, :slots].cpu(), attended_mask(layer.rows, slots)):
+            raise KVQError(
+                "attention_mask differs from the one that earlier tokens were cached with; "
+                "padding is not stored and cannot be attended later, nor tokens be hidden.",
+                hint="pass the earlier mask with the new tokens' behind it",
+            )
+        current = mask[:, slots:]
+        return None if bool(current.all()) else current
+
+
+def attention_options(
+    options: Mapping[str, Any], *, tokens: int, head_dim: int
+) -> AttentionOptions:
+    """What the model asks of attention; refuses what is not honoured.
+
+    Raises UnsupportedModelError for windows shorter than ``tokens``, dropout, and options that kvq
+    does not know.
+    """
+    unknown = {
+        name
+        for name, value in options.items()
+        if value is not None and name not in HONOURED_OPTIONS | HARMLESS_OPTIONS
+    }
+    # Causal is what packed pages are; a model may say so.
+    if options.get("is_causal") in (None, True):
+        unknown.discard("is_causal")
+    for name in sorted(unknown):
+        raise UnsupportedModelError(
+            f"attention option {name} is not honoured over packed pages.",
+            hint='rule="evaluation" leaves attention to the model',
+        )
+    if options.get("dropout"):
+        raise UnsupportedModelError(
+            f"attention dropout is {options['dropout']:g}; a packed cache serves inference only.",
+            hint="model.eval()",
+        )
+    window = options.get("sliding_window")
+    if window is not None and tokens > window:
+        raise UnsupportedModelError(
+            f"the layer attends to a window of {window} tokens and the cache holds {tokens}.",
+            hint=f"at most {window} tokens of context",
+        )
+    scaling = options.get("scaling")
+    return AttentionOptions(
+        scaling=head_dim**-0.5 if scaling is None else float(scaling),
+        softcap=options.get("softcap"),
+        sink_logits=options.get("s_aux"),
+    )
+
+
+def _config_wants_attentions(model: PreTrainedModel) -> bool:
+    return bool(getattr(model.config, "output_attentions", False))
+
+
+@contextmanager
+def attach_pages(
+    model: PreTrainedModel, codecs: Mapping[int, PageCodec], *, rule: Rule = "runtime"
+) -> Iterator[PreTrainedModel]:
+    """Run ``model`` on packed pages of ``codecs``; restored on exit."""
+    tap = RuntimeTap(model, codecs, rule=rule)
+    with tap_attention(model, tap):
+        try:
+            yield model
+        finally:
+            tap.close()
