@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -136,6 +137,55 @@ def test_sidecars_are_measured(tiny_llama: LlamaForCausalLM) -> None:
     assert by_four.agreement > garbage.agreement
     assert (by_four.effective_bits, by_four.effective_bits_total) == sidecar_bits(four, tokens=1024)
     assert by_two.effective_bits < by_four.effective_bits < by_four.effective_bits_total
+
+
+def test_sidecars_are_measured_by_decoding(tiny_llama: LlamaForCausalLM) -> None:
+    three = make_sidecar(tiny_llama, bits=3)
+    sidecars = {"three": three, "garbage": with_garbage_codebooks(three)}
+    # Three complete pages: own pages are exact, so that only older ones can do harm.
+    windows = random_windows(1, 3 * PAGE_TOKENS + 20, seed=4)
+    decoded, whole = (
+        evaluate_sidecars(tiny_llama, windows, sidecars, dataset="random", path=path)
+        for path in get_args(MeasuredPath)[::-1]
+    )
+    assert [row.path for row in decoded] == ["prefill", "decode", "decode"]
+    assert [row.path for row in whole] == ["prefill"] * 3
+    unquantized, ours, garbage = decoded
+    assert unquantized == whole[0]
+    assert 0 < 20 * ours.kl < garbage.kl
+    assert garbage.agreement < ours.agreement
+    for one, other in zip(decoded[1:], whole[1:], strict=True):
+        assert one.tokens == other.tokens
+        assert one.effective_bits == other.effective_bits
+        assert one.effective_bits_total == other.effective_bits_total
+        # The query's own page is decoded on the prefill path only.
+        assert one.kl < other.kl
+
+
+def test_decoding_less_than_a_page_is_exact(tiny_llama: LlamaForCausalLM) -> None:
+    sidecar = make_sidecar(tiny_llama, bits=2)
+    exact, first = (
+        random_windows(1, tokens, seed=4) for tokens in (PAGE_TOKENS + 2, PAGE_TOKENS + 3)
+    )
+    assert not decoding_reads_codes(sidecar.config, tokens=exact.shape[1])
+    assert decoding_reads_codes(sidecar.config, tokens=first.shape[1])
+    sidecars = {"garbage": with_garbage_codebooks(sidecar)}
+    options = {"dataset": "random", "path": "decode"}
+    _, row = evaluate_sidecars(tiny_llama, exact, sidecars, **options)
+    with torch.no_grad():
+        logits = tiny_llama(exact).logits[0]
+    widest = float((logits.amax(-1) - logits.amin(-1)).max())
+    # Orders of summation differ: 2**-24 of the largest logit for each of some 2 * 300 operations
+    # (300 tokens or fewer are summed in each of 2 layers). The KL of logits that differ by d is at
+    # most d**2 / 2, to which `token_metrics` adds its own rounding.
+    difference = 2.0**-24 * widest * 600
+    rounding = 2.0**-23 * (widest + 4) * (1 + difference)
+    assert abs(row.kl) <= difference**2 / 2 + rounding
+    assert row.agreement == 1
+    # The next query is the first that reads a page from its codes, and these are garbage: the mean
+    # over all tokens rises by its share.
+    _, row = evaluate_sidecars(tiny_llama, first, sidecars, **options)
+    assert row.kl > 10 * (difference**2 / 2 + rounding)
 
 
 @pytest.mark.parametrize(("path", "rule"), [("prefill", "evaluation"), ("decode", "runtime")])

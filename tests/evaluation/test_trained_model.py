@@ -69,6 +69,22 @@ def test_garbage_codebooks_wreck_perplexity(
     assert garbage.kl > 20 * ours.kl
 
 
+def test_garbage_codebooks_wreck_decoding(
+    model: LlamaForCausalLM, calibration_windows: Tensor, dev_window: Tensor
+) -> None:
+    sidecar = three_bits(model, calibration_windows)
+    sidecars = {"3 bit": sidecar, "garbage": with_garbage_codebooks(sidecar)}
+    # Half of the queries have a page behind them that they read from codes. This model attends to
+    # its own page for the most part, which is exact.
+    window = dev_window[:, : 2 * PAGE_TOKENS + 40]
+    unquantized, ours, garbage = evaluate_sidecars(
+        model, window, sidecars, dataset="dev", path="decode"
+    )
+    assert ours.perplexity < 1.02 * unquantized.perplexity
+    assert garbage.perplexity > 1.04 * unquantized.perplexity
+    assert garbage.kl > 100 * ours.kl
+
+
 def test_wide_channels_hurt_codes_a_token_and_not_ours(
     model: LlamaForCausalLM, calibration_windows: Tensor, dev_window: Tensor
 ) -> None:
