@@ -3,7 +3,7 @@
 One row's cache is read in *splits*: blocks of pages, decoded and rotated as they are read, and
 blocks of exact tokens (sinks, the unfinished page, recent tokens). Each split is scored by itself
 and merged into a running softmax by its log-sum-exp, so that nothing larger than a block exists in
-decoded form. Everything is computed in f32.
+decoded form. Everything is computed in f32, for queries in f64 in f64.
 
 Tokens of a row are counted from 0, padding left out. The **runtime rule** (``docs/method.md``): the
 query at index ``n`` reads a page from its codes if and only if the page ends before
@@ -131,15 +131,16 @@ def attend(
         options: scaling and the like.
         exact_prefill: the queries read all tokens after the held pages exactly.
 
-    Returns: f32 ``[T, HQ, D]``.
+    Returns: f32 ``[T, HQ, D]``, f64 for queries in f64.
     """
     HQ, T, D = query.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
     H = exact.keys.shape[0]
     G = HQ // H
-    output = query.new_empty(T, HQ, D, dtype=torch.float32)
+    output = query.new_empty(T, HQ, D, dtype=dtype)
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
-        q = query[:, start:stop].float() * options.scaling
+        q = query[:, start:stop].to(dtype) * options.scaling
         q = q.reshape(H, G * (stop - start), D)
         merge = _Merge(q, softcap=options.softcap)
         first, last = index + start, index + stop - 1
@@ -150,7 +151,7 @@ def attend(
             _add_exact(merge, exact, low, high, first, None if exact_prefill else recent_tokens, G)
         if options.sink_logits is not None:
             merge.add_logits(
-                options.sink_logits.float().repeat_interleave(stop - start).view(H, -1)
+                options.sink_logits.to(dtype).repeat_interleave(stop - start).view(H, -1)
             )
         result = merge.result().view(HQ, stop - start, D)
         output[start:stop] = result.transpose(0, 1)
@@ -185,7 +186,7 @@ class _Merge:
         True where a query sees a token; ``weigh`` gives the values weighted by f32
         ``[P, H, M, N]``, as ``[H, M, D]``.
         """
-        scores = torch.matmul(self.query, keys.mT)
+        scores = torch.matmul(self.query, keys.mT.to(self.query.dtype))
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if mask is not None:
@@ -250,13 +251,15 @@ def _add_pages(
         seen = (ends[:, None] < limits)[:, None, :, None]
         mask = seen if mask is None else mask & seen
 
+    values = decoded.values.mT.to(merge.query.dtype)
+
     def weigh(weights: Tensor) -> Tensor:
         if decoded.half_range is None or decoded.center is None:
-            return torch.matmul(weights, decoded.values.mT).sum(0)
+            return torch.matmul(weights, values).sum(0)
         # A value is half_range * z + center of its token, so that both fold into the weights.
         centered = (weights * decoded.center[:, :, None, :]).sum(dim=(0, 3))
         scaled = weights.mul_(decoded.half_range[:, :, None, :])
-        return torch.matmul(scaled, decoded.values.mT).sum(0).add_(centered[..., None])
+        return torch.matmul(scaled, values).sum(0).add_(centered[..., None])
 
     merge.add(decoded.keys, mask, weigh)
 
@@ -301,5 +304,5 @@ def _add_exact(
             ends = ends + PAGE_TOKENS - 1
             seen &= ~after | (ends >= queries[:, None] - recent_tokens)
         mask = seen.repeat(G, 1)
-    values = exact.values[:, low:high].float()
+    values = exact.values[:, low:high].to(merge.query.dtype)
     merge.add(exact.keys[None, :, low:high], mask, lambda weights: torch.matmul(weights[0], values))

@@ -249,12 +249,13 @@ class PackedLayer(CacheLayerMixin):
         self.slots += T
 
     def attend(self, query: Tensor, options: AttentionOptions, *, rule: Rule) -> Tensor:
-        """Attention of the queries of the last update, f32 ``[B, T, HQ, D]``.
+        """Attention of the queries of the last update, ``[B, T, HQ, D]``, in f32 or f64.
 
         ``query`` is ``[B, HQ, T, D]``, rotated, in rotary channel order. Padding gives 0.
         """
         B, HQ, T, D = query.shape
-        output = query.new_zeros(B, T, HQ, D, dtype=torch.float32)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        output = query.new_zeros(B, T, HQ, D, dtype=dtype)
         angles = self.codec.rotary.angles()
         for place, reading in enumerate(self._readings):
             attended = slice(None) if reading.attended is None else reading.attended

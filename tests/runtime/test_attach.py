@@ -10,37 +10,11 @@ from torch import Tensor
 
 from garbage import with_garbage_codebooks
 from kvq_formats import pages
-from kvq_formats.codebook import Codebook
-from kvq_formats.config import KVQConfig
 from kvq_formats.errors import ConfigError, FingerprintMismatchError, SidecarError
-from kvq_formats.fingerprint import Fingerprint
-from kvq_formats.parameters import KeyParameters, LayerParameters, LayerStatistics, ValueParameters
-from kvq_formats.records import BaseModelRecord, CalibrationRecord
-from kvq_formats.sidecar import Sidecar
 from kvq_runtime.attach import attach
 from kvq_runtime.sidecar_codec import SidecarCodec
 from tiny_models import make_tiny_llama
-
-H, D = 2, 16
-
-
-def sidecar(bits: int = 4, **options: object) -> Sidecar:
-    """A sidecar by hand, wide enough for the tiny Llama's activations."""
-    codebook = Codebook.fit_grid(torch.linspace(-0.95, 0.95, 1 << bits))
-    layer = LayerParameters(
-        key=KeyParameters(torch.zeros(H, D), torch.full((H, D), 4.0), codebook, 0.02),
-        value=ValueParameters(codebook, 0.02),
-    )
-    fingerprint = Fingerprint.from_config(make_tiny_llama().config.to_dict())
-    return Sidecar(
-        config=KVQConfig.create(**{"key_bits": bits, "value_bits": bits, **options}),
-        base_model=BaseModelRecord(id="test/tiny", revision=None, fingerprint=fingerprint),
-        calibration=CalibrationRecord(
-            dataset="none", revision=None, num_samples=1, seq_len=8, seed=0, token_sha256="0" * 64
-        ),
-        layers={0: layer, 1: layer},
-        statistics={i: LayerStatistics(0.0, 0.0, 0.0, 0.0) for i in (0, 1)},
-    )
+from tiny_sidecars import make_sidecar
 
 
 def ids(tokens: int = 300) -> Tensor:
@@ -53,7 +27,7 @@ def test_a_plain_forward_attends_over_decoded_pages() -> None:
     stock = model(ids()).logits
     errors = []
     for bits in (2, 3, 4):
-        with attach(model, sidecar(bits), rule="evaluation") as attached:
+        with attach(model, make_sidecar(bits), rule="evaluation") as attached:
             assert attached is model
             errors.append(float((model(ids()).logits - stock).square().mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
@@ -65,7 +39,7 @@ def test_a_plain_forward_attends_over_decoded_pages() -> None:
 def test_odd_lengths(tokens: int) -> None:
     model = make_tiny_llama()
     stock = model(ids(tokens)).logits
-    with attach(model, sidecar(), rule="evaluation"):
+    with attach(model, make_sidecar(), rule="evaluation"):
         quantized = model(ids(tokens)).logits
     assert torch.isfinite(quantized).all()
     # The first token is the sink and sees nothing but itself.
@@ -76,7 +50,7 @@ def test_odd_lengths(tokens: int) -> None:
 def test_every_number_goes_through_packed_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """A bit that is flipped in the packed words reaches the logits."""
     model = make_tiny_llama()
-    with torch.no_grad(), attach(model, sidecar(), rule="evaluation"):
+    with torch.no_grad(), attach(model, make_sidecar(), rule="evaluation"):
         before = model(ids()).logits
         packed = pages.packing.pack_values
         monkeypatch.setattr(
@@ -87,16 +61,16 @@ def test_every_number_goes_through_packed_pages(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_codec_keeps_what_the_sidecar_says() -> None:
-    codec = SidecarCodec(sidecar(sink_tokens=3, recent_tokens=17))
+    codec = SidecarCodec(make_sidecar(sink_tokens=3, recent_tokens=17))
     assert (codec.sink_tokens, codec.recent_tokens, codec.rotated_keys) == (3, 17, False)
     assert set(codec.layers) == {0, 1}
 
 
 def test_a_saved_sidecar_does_the_same(tmp_path: Path) -> None:
     model = make_tiny_llama()
-    sidecar().save(tmp_path / "s")
+    make_sidecar().save(tmp_path / "s")
     with torch.no_grad():
-        with attach(model, sidecar(), rule="evaluation"):
+        with attach(model, make_sidecar(), rule="evaluation"):
             expected = model(ids()).logits
         with attach(model, tmp_path / "s", rule="evaluation"):
             assert torch.equal(model(ids()).logits, expected)
@@ -106,7 +80,7 @@ def test_the_sidecar_of_another_model_is_refused() -> None:
     other = make_tiny_llama(num_hidden_layers=3)
     with (
         pytest.raises(FingerprintMismatchError, match="3 layers"),
-        attach(other, sidecar(), rule="evaluation"),
+        attach(other, make_sidecar(), rule="evaluation"),
     ):
         pass
 
@@ -117,7 +91,7 @@ def test_a_missing_sidecar_and_an_unknown_rule(tmp_path: Path) -> None:
         pass
     with (
         pytest.raises(ConfigError, match=r"'exact'.*'exact-prefill'") as caught,
-        attach(model, sidecar(), rule="exact"),  # type: ignore[arg-type]
+        attach(model, make_sidecar(), rule="exact"),  # type: ignore[arg-type]
     ):
         pass
     assert caught.value.hint == 'rule="runtime"'
@@ -126,7 +100,7 @@ def test_a_missing_sidecar_and_an_unknown_rule(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_garbage_codebook_wrecks_the_logits() -> None:
     model = make_tiny_llama()
-    good = sidecar()
+    good = make_sidecar()
     stock = model(ids(1000)).logits
     with attach(model, good, rule="evaluation"):
         near = (model(ids(1000)).logits - stock).square().mean()

@@ -1,0 +1,337 @@
+"""The runtime rule through stock models: nothing lost but what pages lose, however text is fed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from exact_pages import exact_codecs
+from kvq_formats.config import PAGE_TOKENS
+from kvq_kernels.rotary import RotaryAngles
+from kvq_runtime.attach import attach
+from kvq_runtime.cache import PackedCache, packed_layers
+from kvq_runtime.layer import PackedLayer
+from kvq_runtime.rope import AttentionTap, RotaryCall, tap_attention
+from kvq_runtime.rotary_layout import learn_rotary
+from kvq_runtime.runtime_rule import attach_pages
+from tiny_models import make_tiny_family, make_tiny_llama
+from tiny_sidecars import make_sidecar
+
+EPS = torch.finfo(torch.float32).eps
+POSITIONS = 2048
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+        }
+    },
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    # Soft-capped scores; every other layer has a window.
+    "gemma2": {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {},
+    # Learned sinks in the softmax.
+    "gpt_oss": {
+        "head_dim": 16,
+        "sliding_window": 64,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    # Interleaved pairs.
+    "cohere": {},
+    # Interleaved pairs of half of the channels.
+    "glm4": {"head_dim": 16},
+    "olmo2": {},
+    "granite": {},
+    "starcoder2": {},
+}
+
+
+def make_family(name: str) -> PreTrainedModel:
+    options = {"max_position_embeddings": POSITIONS, **FAMILIES[name]}
+    return make_tiny_family(name.split()[0], **options)
+
+
+class ExactAngles(AttentionTap):
+    """Rotates by angles that are exact, in the dtype of the model."""
+
+    def __init__(self, model: PreTrainedModel, positions: Tensor) -> None:
+        self.rotary = learn_rotary(model)
+        self.positions = positions
+
+    def on_rotary(self, call: RotaryCall) -> tuple[Tensor, Tensor]:
+        rotary = self.rotary.get(call.layer_idx)
+        if rotary is None:
+            return call.rotate(call.query, call.key)
+        return tuple(self.rotated(x, rotary) for x in (call.query, call.key))
+
+    def rotated(self, x: Tensor, rotary: Any) -> Tensor:
+        angles: RotaryAngles = rotary.angles()
+        turn = self.positions[:, None, :, None].double() * angles.frequencies
+        cos, sin = turn.cos() * angles.scaling, turn.sin() * angles.scaling
+        half = rotary.rotary_dim // 2
+        ordered = x[..., rotary.order]
+        x1, x2, rest = ordered.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
+        return turned[..., rotary.order.argsort()].to(x.dtype)
+
+
+def batch(T: int, padding: int, *, vocabulary: int = 199) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, mask and positions of two rows, the first left-padded."""
+    ids = torch.randint(3, vocabulary, (2, T), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def fed(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    chunks: Sequence[int],
+    cache: Any = None,
+) -> tuple[Tensor, Any]:
+    """Logits of all tokens, fed in ``chunks``, and the cache that holds them."""
+    logits, start = [], 0
+    for size in chunks:
+        stop = start + size
+        out = model(
+            ids[:, start:stop],
+            attention_mask=mask[:, :stop],
+            position_ids=positions[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits.append(out.logits)
+        cache, start = out.past_key_values, stop
+    assert start == ids.shape[1]
+    return torch.cat(logits, dim=1), cache
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_exact_pages_change_nothing_but_roundings(name: str) -> None:
+    """Prefill over three pages and 16 decode steps, against the model with exact angles in f64.
+
+    The stock model in f32 misses that by the roundings of its sums, and of its angles, which are
+    off by ``position * 2**-24``. Ours come in another order and its angles are exact: it may miss
+    it by twice as much, and by the roundings of the logits themselves.
+    """
+    model = make_family(name)
+    ids, mask, positions = batch(600, 37)
+    chunks = [584, *[1] * 16]
+    stock, _ = fed(model, ids, mask, positions, chunks)
+    with attach_pages(model, exact_codecs(model)):
+        found, cache = fed(model, ids, mask, positions, chunks)
+    assert isinstance(cache, PackedCache)
+    assert cache.tokens_held == [600 - 37, 600]
+    packed = list(packed_layers(cache))
+    assert all(len(row.pages) == 2 for layer in packed for row in layer.rows)
+    exact = model.double()
+    if name == "gpt_oss":
+        exact.set_experts_implementation("eager")
+    truth = torch.zeros_like(found, dtype=torch.float64)
+    # Row by row: padding that sees nothing gives NaN in f64, and then to all that see it.
+    for row, padding in enumerate((37, 0)):
+        places = positions[row : row + 1, padding:]
+        with tap_attention(exact, ExactAngles(exact, places)):
+            truth[row, padding:] = exact(ids[row : row + 1, padding:], position_ids=places).logits
+    attended = mask.bool()
+    misses = (found.double() - truth)[attended].abs().max()
+    stock_misses = (stock.double() - truth)[attended].abs().max()
+    assert misses <= 2 * stock_misses + 64 * EPS * truth[attended].abs().max()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_where_the_models_own_attention_runs_no_bit_changes(name: str) -> None:
+    """The prompt under exact-prefill: same hooks, keys stored before RoPE, stock attention."""
+    model = make_family(name)
+    ids, mask, positions = batch(600, 37)
+    stock = model(ids, attention_mask=mask, position_ids=positions).logits
+    with attach_pages(model, exact_codecs(model), rule="exact-prefill"):
+        found = model(ids, attention_mask=mask, position_ids=positions)
+    assert torch.equal(found.logits, stock)
+    assert found.past_key_values.tokens_held == [600 - 37, 600]
+    assert torch.equal(model(ids, attention_mask=mask, position_ids=positions).logits, stock)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "glm4"])
+@pytest.mark.parametrize("how", ["greedy", "beams", "sampled", "chunked"])
+@torch.no_grad()
+def test_generate_gives_what_the_stock_model_gives(name: str, how: str) -> None:
+    model = make_family(name)
+    ids, mask, _ = batch(290, 11)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": how == "sampled"}
+    options |= {"beams": {"num_beams": 3}, "chunked": {"prefill_chunk_size": 100}}.get(how, {})
+
+    def generated() -> Tensor:
+        torch.manual_seed(4)
+        return model.generate(ids, attention_mask=mask, **options)
+
+    stock = generated()
+    with attach_pages(model, exact_codecs(model)):
+        assert torch.equal(generated(), stock)
+    assert torch.equal(generated(), stock)
+
+
+@torch.no_grad()
+def test_assisted_generation_rolls_back() -> None:
+    model, assistant = make_tiny_llama(), make_tiny_llama(seed=3, num_hidden_layers=1)
+    ids = torch.randint(3, 300, (1, 250), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"max_new_tokens": 30, "do_sample": False}
+    mask = torch.ones_like(ids)
+    stock = model.generate(ids, attention_mask=mask, **options)
+    with attach_pages(model, exact_codecs(model, recent_tokens=32)):
+        found = model.generate(ids, attention_mask=mask, assistant_model=assistant, **options)
+    assert torch.equal(found, stock)
+
+
+@torch.no_grad()
+def test_several_turns_of_generate_on_one_cache() -> None:
+    model = make_tiny_llama()
+    ids = torch.randint(3, 300, (1, 300), generator=torch.Generator().manual_seed(0))
+    more = torch.randint(3, 300, (1, 40), generator=torch.Generator().manual_seed(1))
+
+    def two_turns(cache: Any) -> Tensor:
+        options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+        first = model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options
+        )
+        longer = torch.cat([first, more], dim=1)
+        return model.generate(
+            longer, attention_mask=torch.ones_like(longer), past_key_values=cache, **options
+        )
+
+    stock = two_turns(DynamicCache(config=model.config))
+    with attach_pages(model, exact_codecs(model)):
+        assert torch.equal(two_turns(DynamicCache(config=model.config)), stock)
+        assert torch.equal(two_turns(DynamicCache()), stock)
+
+
+# What is fed how.
+
+
+def pages_of(layer: PackedLayer, row: int) -> tuple[Any, Any]:
+    ((key, value),) = layer.pool.read(layer.rows[row].pages)
+    return key, value
+
+
+CHUNKS = [[600], [256, 256, 88], [1] * 600, [257, 1, 300, 42]]
+
+
+def assert_same_pages(cache: Any, other: Any) -> None:
+    for layer, twin in zip(packed_layers(cache), packed_layers(other), strict=True):
+        for row in range(len(layer.rows)):
+            for pages, twin_pages in zip(pages_of(layer, row), pages_of(twin, row), strict=True):
+                for field, numbers in vars(pages).items():
+                    assert torch.equal(getattr(twin_pages, field), numbers), field
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("recent_tokens", [0, 20])
+@pytest.mark.parametrize("chunks", CHUNKS, ids=["whole", "pages", "tokens", "odd"])
+@torch.no_grad()
+def test_how_a_text_is_fed_makes_no_difference(
+    bits: int, recent_tokens: int, chunks: list[int]
+) -> None:
+    """In f64, against chunks of 100: the same bytes, and the same logits.
+
+    Sums of another shape differ by 1e-15 there, which no decision of the codec notices: the chance
+    that one of the 10,000 numbers lies so near to one is below 1e-8.
+    """
+    model = make_tiny_llama().double()
+    sidecar = make_sidecar(bits, half_range=2.0, recent_tokens=recent_tokens)
+    ids, mask, positions = batch(600, 37)
+    with attach(model, sidecar):
+        expected, cache = fed(model, ids, mask, positions, [100] * 6)
+        found, other = fed(model, ids, mask, positions, chunks)
+    assert_same_pages(cache, other)
+    attended = mask.bool()
+    # Rotated keys and queries are rounded to f32.
+    assert (found - expected)[attended].abs().max() <= 64 * EPS * expected[attended].abs().max()
+
+
+@torch.no_grad()
+def test_a_prefill_sees_what_decoding_would_have_seen() -> None:
+    """And not what attention over unquantized keys would see."""
+    model, sidecar = make_tiny_llama(), make_sidecar(2)
+    ids, mask, positions = batch(700, 0)
+    with attach(model, sidecar):
+        whole, _ = fed(model, ids, mask, positions, [700])
+    with attach(model, sidecar, rule="exact-prefill"):
+        exact, _ = fed(model, ids, mask, positions, [700])
+    stock = model(ids).logits
+    assert torch.equal(exact, stock)
+    near, far = slice(0, PAGE_TOKENS), slice(PAGE_TOKENS + 2, None)
+    # Up to the end of the first page nothing is read from codes.
+    assert (whole[:, near] - stock[:, near]).abs().max() <= 512 * EPS * stock.abs().max()
+    assert (whole[:, far] - stock[:, far]).abs().amax(-1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_a_rows_pages_and_logits_do_not_depend_on_its_batch() -> None:
+    model, sidecar = make_tiny_llama(), make_sidecar(3)
+    ids, mask, positions = batch(640, 40)
+    model = model.double()
+    with attach(model, sidecar):
+        together, cache = fed(model, ids, mask, positions, [640])
+        alone, single = fed(model, ids[:1, 40:], mask[:1, 40:], positions[:1, 40:], [600])
+    for layer, twin in zip(packed_layers(cache), packed_layers(single), strict=True):
+        for pages, twin_pages in zip(pages_of(layer, 0), pages_of(twin, 0), strict=True):
+            for field, numbers in vars(pages).items():
+                assert torch.equal(getattr(twin_pages, field), numbers), field
+    assert (together[0, 40:] - alone[0]).abs().max() <= 64 * EPS * alone.abs().max()
+
+
+@pytest.mark.parametrize("offset", [0, 1_000_000, 10_000_000])
+@torch.no_grad()
+def test_far_positions_change_nothing(offset: int) -> None:
+    """Attention depends on distances only, where angles are exact; f32 angles are 0.6 off here."""
+    model = make_tiny_llama()
+    ids, mask, positions = batch(300, 0)
+    with attach_pages(model, exact_codecs(model)):
+        near, _ = fed(model, ids, mask, positions, [300])
+        far, _ = fed(model, ids, mask, positions + offset, [299, 1])
+    assert (far - near).abs().max() <= 512 * EPS * near.abs().max()
+    if offset:
+        stock, shifted = (
+            model(ids, position_ids=p).logits for p in (positions, positions + offset)
+        )
+        assert (shifted - stock).abs().max() > 20 * (far - near).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    """As near to the f32 model as the stock model in the same dtype, twice over."""
+    model = make_tiny_llama()
+    ids, mask, positions = batch(600, 37)
+    attended = mask.bool()
+    truth = model(ids, attention_mask=mask, position_ids=positions).logits[attended]
+    model = model.to(dtype)
+    stock = model(ids, attention_mask=mask, position_ids=positions).logits[attended]
+    with attach_pages(model, exact_codecs(model, dtype=dtype)):
+        logits, cache = fed(model, ids, mask, positions, [584, *[1] * 16])
+    assert logits.dtype == dtype
+    assert next(packed_layers(cache)).exact.keys.dtype == dtype
+    misses, stock_misses = ((x.float() - truth).abs().max() for x in (logits[attended], stock))
+    assert misses <= 2 * stock_misses
