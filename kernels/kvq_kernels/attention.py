@@ -24,6 +24,9 @@ from kvq_formats.config import PAGE_TOKENS
 QUERY_BLOCK = 512
 """Query tokens that are scored at a time."""
 
+EXACT_BLOCK = 2048
+"""Exact tokens that are scored at a time."""
+
 DECODED_BLOCK_BYTES = 4 * 2**20
 """Decoded keys of a block of pages, and as much for values: small enough to stay in a cache."""
 
@@ -158,6 +161,37 @@ def attend(
     return output
 
 
+def scratch_bytes(
+    *, num_heads: int, num_kv_heads: int, head_dim: int, tokens: int, exact_tokens: int
+) -> int:
+    """Bytes that ``attend`` holds at its worst moment beside its arguments.
+
+    Args:
+        num_heads, num_kv_heads, head_dim: HQ, H, D.
+        tokens: queries of the row, T.
+        exact_tokens: tokens that it reads exactly, E.
+
+    Counted in f32: a block of decoded pages (keys, values, and as much again while they are looked
+    up and turned), its scores with their mask, what a block of exact tokens takes instead, the
+    running softmax, and the output.
+    """
+    H, D = num_kv_heads, head_dim
+    M = num_heads // H * min(tokens, QUERY_BLOCK)
+    pages = _pages_a_block(H, M, D)
+    page = 4 * H * PAGE_TOKENS
+    coded = pages * page * (4 * D + 2 * M) + 4 * pages * H * M * D
+    block = min(exact_tokens, EXACT_BLOCK)
+    exact = 4 * H * block * (2 * D + 2 * M)
+    running = 3 * 4 * H * M * (D + 1)
+    return max(coded, exact) + running + 4 * num_heads * tokens * D
+
+
+def _pages_a_block(H: int, M: int, D: int) -> int:
+    decoded = DECODED_BLOCK_BYTES // (4 * H * PAGE_TOKENS * D)
+    scored = SCORE_BLOCK_BYTES // (4 * H * M * PAGE_TOKENS)
+    return max(1, min(decoded, scored))
+
+
 class _Merge:
     """A running softmax over splits: largest score, sum of weights, weighted values.
 
@@ -175,9 +209,7 @@ class _Merge:
     @property
     def pages_a_block(self) -> int:
         H, M, D = self.query.shape
-        decoded = DECODED_BLOCK_BYTES // (4 * H * PAGE_TOKENS * D)
-        scored = SCORE_BLOCK_BYTES // (4 * H * M * PAGE_TOKENS)
-        return max(1, min(decoded, scored))
+        return _pages_a_block(H, M, D)
 
     def add(self, keys: Tensor, mask: Tensor | None, weigh: Callable[[Tensor], Tensor]) -> None:
         """Take in a split.
@@ -276,7 +308,7 @@ def _exact_ranges(
         low = min(exact.sinks + coded * PAGE_TOKENS, high)
     parts = [(0, high)] if low <= exact.sinks else [(0, exact.sinks), (low, high)]
     for start, stop in parts:
-        for begin, end in _blocks(stop - start, 4 * QUERY_BLOCK):
+        for begin, end in _blocks(stop - start, EXACT_BLOCK):
             yield start + begin, start + end
 
 

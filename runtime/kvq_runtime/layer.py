@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import CacheFullError, KVQError
+from kvq_kernels import attention
 from kvq_kernels.attention import AttentionOptions, ExactTokens, attend
 from kvq_kernels.rotary import rotate
 from kvq_runtime.exact_tokens import ExactBuffers, Tokens
@@ -24,8 +25,11 @@ from kvq_runtime.rows import Row
 CUT_SHIFT = 23
 """A block table entry is a page's id; of a page that was cut, plus ``(256 - length) << 23``."""
 
-ENCODED_BLOCK_BYTES = 4 * 2**20
+ENCODED_BLOCK_BYTES = 2**20
 """Keys in f32 that are encoded at a time."""
+
+ENCODING_COPIES = 24
+"""What encoding holds at its worst moment, in units of the keys in f32; measured."""
 
 
 @dataclass(frozen=True)
@@ -364,3 +368,34 @@ class PackedLayer(CacheLayerMixin):
         self.exact.select(order)
         self.block_table = self.block_table.index_select(0, order)
         self._readings = []
+
+
+def scratch_bytes(
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+    tokens: int,
+    itemsize: int,
+) -> int:
+    """Bytes that a layer holds at its worst moment while ``tokens`` more tokens go through it.
+
+    Either pages are packed, or attention runs; meanwhile the new tokens lie behind the tail of
+    ``window`` tokens: as they are, in numbers of ``itemsize`` bytes, and their keys rotated in f32.
+    One row at a time.
+    """
+    H, D = num_kv_heads, head_dim
+    exact = tokens + window if tokens > 1 else window
+    held = exact * H * D * (2 * itemsize if tokens > 1 else 0)
+    page = 4 * H * PAGE_TOKENS * D
+    pages = min(max(1, ENCODED_BLOCK_BYTES // page), max(1, tokens // PAGE_TOKENS))
+    packing = pages * page * ENCODING_COPIES
+    attending = 4 * exact * H * D + attention.scratch_bytes(
+        num_heads=num_heads,
+        num_kv_heads=H,
+        head_dim=D,
+        tokens=tokens,
+        exact_tokens=exact,
+    )
+    return held + max(packing, attending)
