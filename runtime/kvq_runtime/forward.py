@@ -29,7 +29,7 @@ class Forward:
     runs: Sequence[Sequence[tuple[int, int]]]
     positions: Tensor
     active: bool = True
-    _keys: list[Tensor] = field(default_factory=list)
+    _expected: Tensor | None = field(default=None, repr=False)
 
     @classmethod
     def consecutive(cls, first: int, B: int, T: int, *, device: torch.device) -> Self:
@@ -38,13 +38,19 @@ class Forward:
         return cls([None] * B, [[(0, T)] if T else []] * B, positions.expand(B, T))
 
     def expect_key(self, key: Tensor) -> Tensor:
-        """Note the key that a layer is about to cache, as the rotation returned it."""
-        self._keys = [key]
+        """Note the key that a layer is about to cache, as its rotation returned it."""
+        self._expected = key
         return key
 
     def check_key(self, key: Tensor) -> None:
-        """Raise UnsupportedModelError if a model changed its key after the rotation."""
-        if not self._keys or self._keys[0] is not key:
+        """Raise UnsupportedModelError if a layer caches another key than the expected one."""
+        expected, self._expected = self._expected, None
+        if expected is None:
+            raise UnsupportedModelError(
+                "a layer caches its keys without having rotated them: layers without RoPE are not "
+                "supported."
+            )
+        if expected is not key:
             raise UnsupportedModelError(
                 "this model changes its keys between RoPE and the cache; kvq stores keys before "
                 "RoPE and cannot follow."

@@ -266,14 +266,11 @@ def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
         progress.layer_idx = None
 
     def enter_forward(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        bound = signature.bind_partial(*args, **kwargs)
-        replaced = tap.on_forward(bound.arguments)
-        if replaced is None:
-            return None
         # By name, all of them: what wraps a forward looks for its options among the keywords.
-        named = {**bound.arguments, **replaced}
-        others = named.pop(rest, {})
-        return (), {**named, **others}
+        named = dict(signature.bind_partial(*args, **kwargs).arguments)
+        named |= named.pop(rest, {})
+        replaced = tap.on_forward(named)
+        return None if replaced is None else ((), {**named, **replaced})
 
     def enter_rotary(module: nn.Module, args: Any, kwargs: Any) -> None:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from exact_pages import exact_codecs
+from exact_pages import ExactPageCodec, exact_codecs
+from garbage import with_garbage_codebooks
 from kvq_formats.config import PAGE_TOKENS
+from kvq_formats.errors import KVQError, UnsupportedModelError
+from kvq_formats.sidecar import Sidecar
 from kvq_kernels.rotary import RotaryAngles
 from kvq_runtime.attach import attach
 from kvq_runtime.cache import PackedCache, packed_layers
 from kvq_runtime.layer import PackedLayer
 from kvq_runtime.rope import AttentionTap, RotaryCall, tap_attention
 from kvq_runtime.rotary_layout import learn_rotary
-from kvq_runtime.runtime_rule import attach_pages
+from kvq_runtime.runtime_rule import attach_pages, attention_options
 from tiny_models import make_tiny_family, make_tiny_llama
 from tiny_sidecars import make_sidecar
 
@@ -235,7 +238,8 @@ def pages_of(layer: PackedLayer, row: int) -> tuple[Any, Any]:
     return key, value
 
 
-CHUNKS = [[600], [256, 256, 88], [1] * 600, [257, 1, 300, 42]]
+# The second page is complete with token 513 of the row without padding, token 550 of the other.
+CHUNKS = [[600], [256, 256, 88], [500, *[1] * 100], [257, 1, 300, 42]]
 
 
 def assert_same_pages(cache: Any, other: Any) -> None:
@@ -335,3 +339,163 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     assert next(packed_layers(cache)).exact.keys.dtype == dtype
     misses, stock_misses = ((x.float() - truth).abs().max() for x in (logits[attended], stock))
     assert misses <= 2 * stock_misses
+
+
+# What is refused, and what is left behind.
+
+
+def refused(model: PreTrainedModel, words: str, *args: Any, **kwargs: Any) -> KVQError:
+    """The error of a forward, after which the model and its next forward are as ever."""
+    ids = torch.randint(3, 199, (1, 20), generator=torch.Generator().manual_seed(0))
+    stock = model.eval()(ids).logits
+    with attach(model, make_sidecar(model=model)):
+        model.train(kwargs.pop("training", False))
+        with pytest.raises(KVQError, match=words) as caught:
+            model(*(args or (ids,)), **kwargs)
+        model.eval()
+        assert torch.isfinite(model(ids).logits).all()
+    assert torch.equal(model(ids).logits, stock)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"attention_mask": torch.ones(1, 1, 20, 20)}, r"\[1, 1, 20, 20\]"),
+        ({"attention_mask": torch.ones(1, 19)}, r"\[1, 19\], expected \[1, 20\]"),
+        ({"position_ids": torch.arange(20).flip(0)[None]}, "go back"),
+        ({"position_ids": torch.arange(20)[None] - 3}, "from -3"),
+        ({"output_attentions": True}, "attention weights are asked for"),
+    ],
+)
+@torch.no_grad()
+def test_forwards_that_are_refused(options: dict[str, Any], words: str) -> None:
+    error = refused(make_tiny_llama(), words, **options)
+    assert error.hint
+
+
+def test_training_is_refused() -> None:
+    refused(make_tiny_llama(), "training mode", training=True)
+
+
+@torch.no_grad()
+def test_padding_cannot_change_afterwards() -> None:
+    model = make_tiny_llama()
+    ids, mask, positions = batch(20, 3)
+    with attach(model, make_sidecar()):
+        _, cache = fed(model, ids, mask, positions, [20])
+        more = torch.ones(2, 21)
+        with pytest.raises(KVQError, match="differs from the one"):
+            model(ids[:, :1], attention_mask=more, past_key_values=cache)
+        more[0, :3] = 0
+        model(ids[:, :1], attention_mask=more, past_key_values=cache)
+        assert cache.tokens_held == [18, 21]
+
+
+@torch.no_grad()
+def test_another_batch_on_the_same_cache_is_refused() -> None:
+    model = make_tiny_llama()
+    with attach(model, make_sidecar()):
+        cache = model(torch.ones(2, 5, dtype=torch.int64)).past_key_values
+        with pytest.raises(KVQError, match="holds 2 rows and got 3"):
+            model(torch.ones(3, 1, dtype=torch.int64), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"position_bias": torch.zeros(1)}, "position_bias is not honoured"),
+        ({"cu_seq_lens_q": torch.zeros(1)}, "cu_seq_lens_q"),
+        ({"is_causal": False}, "is_causal"),
+        ({"head_mask": torch.zeros(1)}, "head_mask"),
+        ({"dropout": 0.1}, "dropout is 0.1"),
+        ({"sliding_window": 99}, "window of 99 tokens and the cache holds 100"),
+    ],
+)
+def test_attention_options_that_are_not_honoured(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(KVQError, match=words):
+        attention_options(options, tokens=100, head_dim=16)
+
+
+def test_attention_options_that_are() -> None:
+    sinks = torch.zeros(4)
+    found = attention_options(
+        {
+            "scaling": 0.5,
+            "softcap": 30.0,
+            "s_aux": sinks,
+            "sliding_window": 100,
+            "dropout": 0.0,
+            "is_causal": True,
+            "position_ids": torch.zeros(1, 1),
+            "head_mask": None,
+        },
+        tokens=100,
+        head_dim=16,
+    )
+    assert (found.scaling, found.softcap) == (0.5, 30.0)
+    assert found.sink_logits is sinks
+    assert attention_options({}, tokens=1, head_dim=16).scaling == 0.25
+
+
+@torch.no_grad()
+def test_attach_twice_and_again() -> None:
+    model, sidecar = make_tiny_llama(), make_sidecar()
+    ids = torch.randint(3, 300, (1, 300), generator=torch.Generator().manual_seed(0))
+    stock = model(ids).logits
+    for rule in ("runtime", "evaluation", "exact-prefill"):
+        with (
+            attach(model, sidecar),
+            pytest.raises(KVQError, match="attached to this LlamaForCausalLM already"),
+            attach(model, sidecar, rule=rule),
+        ):
+            pass
+        assert torch.equal(model(ids).logits, stock)
+    with attach(model, sidecar):
+        first = model(ids).logits
+    with attach(model, sidecar):
+        assert torch.equal(model(ids).logits, first)
+
+
+@torch.no_grad()
+def test_nothing_is_left_behind_by_a_forward_that_fails() -> None:
+    model = make_tiny_llama()
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    ids = torch.randint(3, 300, (1, 20))
+    stock = model(ids).logits
+
+    class Broken(ExactPageCodec):
+        def encode(self, keys: Tensor, values: Tensor) -> Any:
+            raise RuntimeError("in the middle of a page")
+
+    codecs = {i: Broken(**vars(codec)) for i, codec in exact_codecs(model).items()}
+    long = torch.randint(3, 300, (1, 300))
+    with pytest.raises(RuntimeError, match="middle of a page"), attach_pages(model, codecs):
+        model(long)
+    left = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    assert left == hooks
+    assert torch.equal(model(ids).logits, stock)
+
+
+@torch.no_grad()
+def test_a_garbage_codebook_wrecks_the_logits() -> None:
+    model, good = make_tiny_llama(), make_sidecar(4)
+    ids = torch.randint(3, 300, (1, 1000), generator=torch.Generator().manual_seed(0))
+    stock = model(ids).logits[:, 300:]
+
+    def error(sidecar: Sidecar) -> float:
+        with attach(model, sidecar):
+            return float((model(ids).logits[:, 300:] - stock).square().mean())
+
+    assert error(with_garbage_codebooks(good)) > 30 * error(good)
+
+
+@torch.no_grad()
+def test_layers_without_rope_are_refused() -> None:
+    """Whatever checks were passed before: a layer that never rotates is noticed when it attends."""
+    model = make_tiny_family("smollm3", no_rope_layers=[1, 0], max_position_embeddings=512)
+    with (
+        attach_pages(model, exact_codecs(model)),
+        pytest.raises(UnsupportedModelError, match="without having rotated"),
+    ):
+        model(torch.randint(3, 199, (1, 20)))

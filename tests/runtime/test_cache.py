@@ -1,0 +1,202 @@
+"""The packed cache of a model: what it is made of, what it takes, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+
+from kvq_formats.effective_bits import effective_bits
+from kvq_formats.errors import CacheFullError, ConfigError, FingerprintMismatchError, KVQError
+from kvq_runtime.attach import attach
+from kvq_runtime.cache import PackedCache, cache_bytes, packed_layers
+from kvq_runtime.layer import PackedLayer
+from tiny_models import make_tiny_family, make_tiny_llama
+from tiny_sidecars import make_sidecar
+
+WINDOW = 64
+
+
+def ids(tokens: int = 300, rows: int = 1) -> Tensor:
+    return torch.randint(3, 199, (rows, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def make_gemma() -> PreTrainedModel:
+    """Every other layer has a window."""
+    return make_tiny_family("gemma2", head_dim=16, sliding_window=WINDOW)
+
+
+@torch.no_grad()
+def test_windows_keep_the_stock_layer() -> None:
+    model = make_gemma()
+    with attach(model, make_sidecar(model=model)):
+        cache = model(ids()).past_key_values
+    assert [type(layer) for layer in cache.layers] == [DynamicSlidingWindowLayer, PackedLayer]
+    assert cache.get_seq_length() == 300
+    assert cache.get_mask_sizes(5, 0) == (WINDOW - 1 + 5, 300 - WINDOW + 1)
+    assert cache.get_mask_sizes(5, 1) == (305, 0)
+    assert cache.is_sliding == [True, False]
+    assert not cache.is_compileable
+    assert cache.is_initialized
+
+
+@pytest.mark.parametrize("given", [None, DynamicCache(), "with a config"])
+@torch.no_grad()
+def test_a_cache_that_is_passed_becomes_a_packed_one(given: Any) -> None:
+    model = make_tiny_llama()
+    if given == "with a config":
+        given = DynamicCache(config=model.config)
+    with attach(model, make_sidecar()):
+        out = model(ids(), past_key_values=given, use_cache=True)
+        assert isinstance(out.past_key_values, PackedCache)
+        assert given is None or out.past_key_values is given
+        model(ids(1), past_key_values=out.past_key_values)
+    assert out.past_key_values.tokens_held == [301]
+
+
+@torch.no_grad()
+def test_pages_are_read_without_use_cache_too() -> None:
+    model, sidecar = make_tiny_llama(), make_sidecar(2)
+    stock = model(ids(600)).logits
+    with attach(model, sidecar):
+        out = model(ids(600), use_cache=False)
+        assert torch.equal(out.logits, model(ids(600)).logits)
+    assert (out.logits - stock)[:, 300:].abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_caches_of_other_kinds_are_refused() -> None:
+    model = make_tiny_llama()
+    full = DynamicCache(config=model.config)
+    model(ids(5), past_key_values=full, use_cache=True)
+    static = StaticCache(config=model.config, max_cache_len=64)
+    quantized = QuantizedCache("fp8", model.config)
+    with attach(model, make_sidecar()):
+        for cache, words in (
+            (full, "5 tokens that are not quantized"),
+            (static, "StaticCache was passed"),
+            (quantized, "QuantizedCache was passed"),
+        ):
+            with pytest.raises(KVQError, match=words) as caught:
+                model(ids(), past_key_values=cache)
+            assert caught.value.hint
+        with pytest.raises(KVQError, match="StaticCache was passed"):
+            model.generate(
+                ids(), attention_mask=torch.ones_like(ids()), cache_implementation="static",
+                max_new_tokens=2,
+            )  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_cache_belongs_to_its_sidecar_and_outlives_an_attachment() -> None:
+    model, sidecar = make_tiny_llama(), make_sidecar(3)
+    with attach(model, sidecar):
+        cache = model(ids()).past_key_values
+    with pytest.raises(KVQError, match="outside of") as caught:
+        model(ids(1), past_key_values=cache)
+    assert "kvq.attach" in str(caught.value.hint)
+    with (
+        attach(model, make_sidecar(3, half_range=3.0)),
+        pytest.raises(KVQError, match="another sidecar"),
+    ):
+        model(ids(1), past_key_values=cache)
+    # What failed has stored nothing, and an equal sidecar goes on with the cache.
+    assert cache.tokens_held == [300]
+    with attach(model, make_sidecar(3)):
+        model(ids(1), past_key_values=cache)
+    assert cache.tokens_held == [301]
+
+
+@torch.no_grad()
+def test_an_explicit_cache_with_a_capacity() -> None:
+    model, sidecar = make_tiny_llama(), make_sidecar(3)
+    cache = PackedCache(model, sidecar, capacity=601, batch_size=2)
+    allocated = cache.allocated_bytes
+    assert allocated == cache_bytes(
+        model.config, sidecar, capacity=601, batch_size=2, dtype=torch.float32
+    )
+    assert (cache.get_max_length(), cache.tokens_held) == (601, [0, 0])
+    with attach(model, sidecar):
+        model(ids(600, 2), past_key_values=cache)
+        model(ids(1, 2), past_key_values=cache)
+        with pytest.raises(CacheFullError, match="room for 601 tokens a row; 601 are used") as full:
+            model(ids(1, 2), past_key_values=cache)
+    assert "--context" in str(full.value.hint)
+    assert cache.allocated_bytes == allocated == cache.held_bytes
+    assert cache.tokens_held == [601, 601]
+    assert cache.bf16_bytes == 2 * 2 * 601 * 2 * 16 * 2 * 2
+
+
+@pytest.mark.parametrize("capacity", [0, -5])
+def test_a_capacity_that_makes_no_sense(capacity: int) -> None:
+    with pytest.raises(ConfigError, match=f"capacity is {capacity}"):
+        PackedCache(make_tiny_llama(), make_sidecar(), capacity=capacity)
+
+
+def test_the_sidecar_of_another_model(tmp_path: Path) -> None:
+    make_sidecar().save(tmp_path / "s")
+    assert PackedCache(make_tiny_llama(), tmp_path / "s").tokens_held == []
+    with pytest.raises(FingerprintMismatchError):
+        PackedCache(make_tiny_llama(num_hidden_layers=3), tmp_path / "s")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("options", [{}, {"recent_tokens": 100, "sink_tokens": 4}])
+@torch.no_grad()
+def test_the_bits_that_are_reported_are_the_bytes_that_are_allocated(
+    bits: int, options: dict[str, int]
+) -> None:
+    """``effective_bits`` counts a 16-bit model; positions of exact tokens come on top."""
+    model = make_tiny_llama(max_position_embeddings=2048).to(torch.bfloat16)
+    sidecar = make_sidecar(bits, model=model, **options)
+    sinks, recent = sidecar.config.sink_tokens, sidecar.config.recent_tokens
+    tokens = sinks + recent + 4 * 256 + 1
+    cache = PackedCache(model, sidecar, capacity=tokens)
+    with attach(model, sidecar):
+        model(ids(tokens), past_key_values=cache)
+    counted = effective_bits(sidecar.config, num_kv_heads=2, head_dim=16, tokens=tokens)
+    numbers = 2 * 2 * 16 * tokens
+    positions = 4 * (sinks + recent + 256)
+    for layer in packed_layers(cache):
+        assert layer.held_bytes == layer.allocated_bytes
+        assert 8 * (layer.allocated_bytes - positions) == pytest.approx(counted.total * numbers)
+
+
+@torch.no_grad()
+def test_bytes_of_windows_are_counted() -> None:
+    model = make_gemma()
+    sidecar = make_sidecar(model=model)
+    cache = PackedCache(model, sidecar, capacity=300)
+    with attach(model, sidecar):
+        model(ids(300), past_key_values=cache)
+    stock = 2 * (WINDOW - 1) * 2 * 16 * 4
+    assert cache.allocated_bytes - stock == next(packed_layers(cache)).allocated_bytes
+    assert cache.bf16_bytes == 2 * 2 * 16 * 2 * (300 + WINDOW - 1)
+    assert cache.allocated_bytes == cache_bytes(
+        model.config, sidecar, capacity=300, dtype=torch.float32
+    )
+
+
+@torch.no_grad()
+def test_operations_of_caches_go_to_every_layer() -> None:
+    model = make_tiny_llama()
+    with attach(model, make_sidecar()):
+        cache = model(ids(300, 2)).past_key_values
+        cache.crop(-10)
+        assert cache.get_seq_length() == 290
+        cache.batch_repeat_interleave(2)
+        assert cache.tokens_held == [290] * 4
+        cache.batch_select_indices(torch.tensor([0, 3]))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        twice = model(ids(3, 2), past_key_values=cache).logits
+        cache.reset()
+        assert cache.tokens_held == [0, 0]
+        again = model(ids(290, 2).flip(0), past_key_values=cache)
+        assert again.past_key_values is cache
+    assert twice.isfinite().all()
+    assert isinstance(cache, Cache)

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvq_formats.errors import KVQError, UnsupportedModelError
+from kvq_runtime.forward import Forward, check_positions, spans
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_spans_cover_what_is_true(flags: list[bool]) -> None:
+    covered = [False] * len(flags)
+    found = spans(torch.tensor(flags, dtype=torch.bool))
+    for start, stop in found:
+        covered[start:stop] = [True] * (stop - start)
+    assert covered == flags
+    assert all(stop < after for (_, stop), (after, _) in pairwise(found))
+
+
+@pytest.mark.parametrize("positions", [[-1, 0], [0, 2**31]])
+def test_positions_that_no_cache_can_hold(positions: list[int]) -> None:
+    with pytest.raises(KVQError, match="expected 0 to"):
+        check_positions(torch.tensor([positions]), None)
+
+
+def test_positions_that_go_back() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    with pytest.raises(KVQError, match="packed sequences"):
+        check_positions(positions, None)
+    # Over padding they may: it is not stored.
+    check_positions(positions, torch.tensor([[True, True, False, True, True]]).logical_not())
+    check_positions(torch.tensor([[3, 3, 9, 2**31 - 1]]), None)
+    check_positions(torch.zeros(2, 0, dtype=torch.int64), None)
+
+
+def test_a_key_that_is_not_the_one_that_was_expected() -> None:
+    forward = Forward.consecutive(0, 1, 2, device=torch.device("cpu"))
+    key = torch.zeros(1, 2, 2, 4)
+    with pytest.raises(UnsupportedModelError, match="without having rotated"):
+        forward.check_key(key)
+    forward.check_key(forward.expect_key(key))
+    with pytest.raises(UnsupportedModelError, match="without having rotated"):
+        forward.check_key(key)
+    forward.expect_key(key)
+    with pytest.raises(UnsupportedModelError, match="between RoPE and the cache"):
+        forward.check_key(key * 2)
