@@ -22,6 +22,7 @@ from kvq_cli.commands.calibrate import calibrate
 from kvq_cli.commands.demo import demo
 from kvq_cli.commands.env import env
 from kvq_cli.commands.eval import evaluate
+from kvq_cli.commands.generate import generate
 from kvq_cli.commands.inspect import inspect
 from kvq_cli.options import environment_name
 from kvq_cli.output import Output, switched_on
@@ -71,12 +72,14 @@ def root(
       kvq demo
       kvq calibrate Qwen/Qwen3-0.6B --bits 3
       kvq eval --ppl wikitext2
+      kvq generate --context 32k
     """
 
 
 app.command("calibrate", epilog="Docs: docs/cli.md · Next: kvq inspect, kvq eval")(calibrate)
 app.command("inspect", epilog="Docs: docs/cli.md · See also: kvq eval")(inspect)
 app.command("eval", epilog="Docs: docs/cli.md · See also: kvq calibrate")(evaluate)
+app.command("generate", epilog="Docs: docs/cli.md · See also: kvq calibrate, kvq eval")(generate)
 app.command("demo", epilog="Docs: docs/quickstart.md · Next: kvq calibrate")(demo)
 app.command("env", epilog="Docs: docs/troubleshooting.md · See also: kvq --version")(env)
 

@@ -15,6 +15,8 @@ import typer
 MODEL = "Model"
 QUANTIZATION = "Quantization"
 DATA = "Data"
+PROMPT = "Prompt"
+SAMPLING = "Sampling"
 OUTPUT = "Output"
 
 

@@ -71,6 +71,11 @@ class Output:
                 part, highlight=False, soft_wrap=isinstance(part, Text | str)
             )
 
+    def stream(self, text: str) -> None:
+        """Print a piece of a result as soon as it is there; with ``--json`` it comes at the end."""
+        if not self.as_json:
+            print(text, end="", flush=True)
+
     def note(self, text: str) -> None:
         """Say something good to know; ``--quiet`` leaves it out."""
         if not self.quiet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-KIB, MIB, GIB = 1024, 1024**2, 1024**3
+from kvq_cli.sizes import KIB, show_bytes
 
 
 def host_peak_bytes() -> int | None:
@@ -24,13 +24,6 @@ def gpu_peak_bytes() -> int | None:
     if torch is None or not hasattr(torch, "cuda") or not torch.cuda.is_initialized():
         return None
     return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-
-
-def show_bytes(count: int) -> str:
-    """``2.1 GiB``, ``312 MiB``."""
-    if count >= GIB:
-        return f"{count / GIB:.1f} GiB"
-    return f"{count / MIB:.0f} MiB" if count >= MIB else f"{count / KIB:.0f} KiB"
 
 
 def peak_memory() -> str:

@@ -11,10 +11,12 @@ import os
 import secrets
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvq_formats.errors import OutputError, SidecarError
+from kvq_cli.options import sidecars_in_environment
+from kvq_formats.errors import ConfigError, OutputError, SidecarError
 
 if TYPE_CHECKING:
     from kvq_cli.output import Output
@@ -121,3 +123,20 @@ def current_sidecar(output: Output) -> Path:
         raise SidecarError(f"the current sidecar, {path}, is no longer there.", hint=CALIBRATE_HINT)
     output.note(f"using the current sidecar, {path}")
     return path
+
+
+def one_sidecar(output: Output, given: Sequence[str] | None) -> str:
+    """The sidecar of a command that takes one: what ``--sidecar`` names, else the current one.
+
+    Of several in KVQ_SIDECAR the first is taken, with a note; several flags raise ConfigError.
+    """
+    if not given:
+        return str(current_sidecar(output))
+    if len(given) > 1 and list(given) != sidecars_in_environment():
+        raise ConfigError(
+            f"--sidecar is given {len(given)} times; this command runs with one.",
+            hint=f"--sidecar {given[0]}",
+        )
+    if len(given) > 1:
+        output.note(f"KVQ_SIDECAR names {len(given)} sidecars; this is the first")
+    return given[0]

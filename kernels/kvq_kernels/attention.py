@@ -162,14 +162,21 @@ def attend(
 
 
 def scratch_bytes(
-    *, num_heads: int, num_kv_heads: int, head_dim: int, tokens: int, exact_tokens: int
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    tokens: int,
+    coded_pages: int,
+    exact_tokens: int,
 ) -> int:
     """Bytes that ``attend`` holds at its worst moment beside its arguments.
 
     Args:
         num_heads, num_kv_heads, head_dim: HQ, H, D.
         tokens: queries of the row, T.
-        exact_tokens: tokens that it reads exactly, E.
+        coded_pages: pages that they read from codes.
+        exact_tokens: tokens that they read exactly, E.
 
     Counted in f32: a block of decoded pages (keys, values, and as much again while they are looked
     up and turned), its scores with their mask, what a block of exact tokens takes instead, the
@@ -177,7 +184,7 @@ def scratch_bytes(
     """
     H, D = num_kv_heads, head_dim
     M = num_heads // H * min(tokens, QUERY_BLOCK)
-    pages = _pages_a_block(H, M, D)
+    pages = min(coded_pages, _pages_a_block(H, M, D))
     page = 4 * H * PAGE_TOKENS
     coded = pages * page * (4 * D + 2 * M) + 4 * pages * H * M * D
     block = min(exact_tokens, EXACT_BLOCK)

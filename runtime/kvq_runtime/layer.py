@@ -377,25 +377,27 @@ def scratch_bytes(
     head_dim: int,
     window: int,
     tokens: int,
+    context: int,
     itemsize: int,
 ) -> int:
     """Bytes that a layer holds at its worst moment while ``tokens`` more tokens go through it.
 
     Either pages are packed, or attention runs; meanwhile the new tokens lie behind the tail of
     ``window`` tokens: as they are, in numbers of ``itemsize`` bytes, and their keys rotated in f32.
-    One row at a time.
+    One row of at most ``context`` tokens at a time.
     """
     H, D = num_kv_heads, head_dim
-    exact = tokens + window if tokens > 1 else window
+    exact = min(context, tokens + window if tokens > 1 else window)
     held = exact * H * D * (2 * itemsize if tokens > 1 else 0)
     page = 4 * H * PAGE_TOKENS * D
-    pages = min(max(1, ENCODED_BLOCK_BYTES // page), max(1, tokens // PAGE_TOKENS))
-    packing = pages * page * ENCODING_COPIES
+    most = min(context, tokens + window) // PAGE_TOKENS
+    packing = min(max(1, ENCODED_BLOCK_BYTES // page), most) * page * ENCODING_COPIES
     attending = 4 * exact * H * D + attention.scratch_bytes(
         num_heads=num_heads,
         num_kv_heads=H,
         head_dim=D,
         tokens=tokens,
+        coded_pages=context // PAGE_TOKENS,
         exact_tokens=exact,
     )
     return held + max(packing, attending)

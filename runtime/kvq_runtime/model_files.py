@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -100,6 +101,22 @@ def check_weights(folder: Path) -> None:
             )
         if (what := _damage(file)) is not None:
             raise ModelError(f"{file} is damaged: {what}.", hint="copy or download the file again")
+
+
+def stored_dtype(folder: str | os.PathLike[str]) -> str | None:
+    """Torch's name of the type of the first floating-point weight; None if there is none.
+
+    Reads headers only.
+    """
+    import safetensors
+
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+    for file in _weight_files(Path(folder)):
+        with safetensors.safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                if found := names.get(tensors.get_slice(name).get_dtype()):
+                    return found
+    return None
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -21,15 +21,18 @@ from kvq_runtime.resolve import ResolvedModel, resolve_model
 from kvq_runtime.supported_models import quantized_layers
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "LoadedModel",
     "ResolvedModel",
+    "first_device",
     "load_model",
     "load_tokenizer",
     "quantized_layers",
     "resolve_model",
+    "target_device",
 ]
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -104,7 +107,7 @@ def load_model(
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}.", hint=f"--dtype {'|'.join(DTYPES)}")
-    device = _device(device_map)
+    device = target_device(device_map)
     tokenizer = load_tokenizer(resolved)
     source = resolved.source
     source["trust_remote_code"] = resolved.trust_remote_code or trust_remote_code
@@ -140,7 +143,11 @@ def load_model(
     return LoadedModel(model.eval(), tokenizer, resolved.record, resolved.notes)
 
 
-def _device(device_map: str | None) -> str:
+def target_device(device_map: str | None) -> str:
+    """Where the weights go: a device, or how to spread them over several.
+
+    Raises ConfigError for what is no device, or is not in this machine.
+    """
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -162,6 +169,15 @@ def _device(device_map: str | None) -> str:
             hint="--device-map cpu, or leave it out",
         )
     return device_map
+
+
+def first_device(place: str) -> torch.device:
+    """The device that ``target_device`` named, or the first of those that it spreads over."""
+    import torch
+
+    if place in DEVICE_MAPS:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(place)
 
 
 def _is_about_attention(error: BaseException, attn_implementation: str) -> bool:

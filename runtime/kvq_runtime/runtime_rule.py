@@ -172,11 +172,6 @@ class RuntimeTap(AttentionTap):
                     f"layer {call.layer_idx} attends to keys that did not come from the cache."
                 )
             return call.attend(call.query, call.key, call.value)
-        if not call.rotated:
-            raise UnsupportedModelError(
-                f"layer {call.layer_idx} attends without having rotated its keys: layers without "
-                "RoPE are not supported."
-            )
         tokens = max((row.tokens for row in states.layer.rows), default=0)
         options = attention_options(call.options, tokens=tokens, head_dim=states.shape[-1])
         if (rotated := self.stock.pop(call.layer_idx, None)) is not None:

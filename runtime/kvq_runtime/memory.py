@@ -1,0 +1,226 @@
+"""What a model, its packed cache and a step of work need in memory, before any of it is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kvq_formats.config import PAGE_TOKENS
+from kvq_formats.errors import ConfigError
+from kvq_formats.fingerprint import Fingerprint
+from kvq_formats.sidecar import Sidecar
+from kvq_runtime.available_memory import available_bytes
+from kvq_runtime.cache import BF16_BYTES, cache_bytes, cache_layers
+from kvq_runtime.generate import PREFILL_CHUNK
+from kvq_runtime.model_files import stored_dtype
+from kvq_runtime.models import DTYPES, target_device
+from kvq_runtime.resolve import ResolvedModel, resolve_model
+from kvq_runtime.scratch import scratch_bytes
+from kvq_runtime.sidecars import open_sidecar
+from kvq_runtime.supported_models import quantized_layers, text_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+LARGEST_CONTEXT = 2**31 - 1
+"""Positions are stored in int32."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of a run, and what there is to hold them.
+
+    Fields:
+        context: tokens a row that the cache has room for.
+        batch_size: rows.
+        prefill_chunk: prompt tokens a forward.
+        device: where the model and its cache are, or how they are spread.
+        weights: parameters and buffers; each tied one once.
+        weights_loaded: whether they are in memory already, and ``available`` is what they left.
+        cache: what a PackedCache of this context allocates.
+        scratch: activations and attention of one chunk, which come and go.
+        bf16_cache: what a 16-bit cache of the same tokens would take.
+        available: memory that is free on the device.
+    """
+
+    context: int
+    batch_size: int
+    prefill_chunk: int
+    device: str
+    weights: int
+    weights_loaded: bool
+    cache: int
+    scratch: int
+    bf16_cache: int
+    available: int
+    _needed_at: Callable[[int], int] = field(repr=False, compare=False)
+
+    @property
+    def total(self) -> int:
+        """Weights, cache and scratch."""
+        return self.weights + self.cache + self.scratch
+
+    @property
+    def fits(self) -> bool:
+        """Whether what is not in memory yet can be there."""
+        return self._fits(self.cache + self.scratch)
+
+    def largest_context(self) -> int:
+        """The most tokens a row that would fit, other things equal, in whole pages.
+
+        0 if not even one page does.
+        """
+        # Bracketed first: counting the bytes of a context takes time in proportion to it.
+        low, high = 0, max(1, self.context // PAGE_TOKENS)
+        while high < LARGEST_CONTEXT // PAGE_TOKENS and self._has_room(high):
+            low, high = high, 2 * high
+        high = min(high, LARGEST_CONTEXT // PAGE_TOKENS + 1)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._has_room(middle) else (low, middle)
+        return low * PAGE_TOKENS
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, bytes throughout."""
+        return {
+            "context": self.context,
+            "batch_size": self.batch_size,
+            "prefill_chunk": self.prefill_chunk,
+            "device": self.device,
+            "weights_bytes": self.weights,
+            "weights_loaded": self.weights_loaded,
+            "cache_bytes": self.cache,
+            "scratch_bytes": self.scratch,
+            "total_bytes": self.total,
+            "bf16_cache_bytes": self.bf16_cache,
+            "available_bytes": self.available,
+            "fits": self.fits,
+        }
+
+    def _has_room(self, pages: int) -> bool:
+        return self._fits(self._needed_at(pages * PAGE_TOKENS))
+
+    def _fits(self, needed: int) -> bool:
+        weights = 0 if self.weights_loaded else self.weights
+        return weights + needed <= self.available
+
+
+def plan_memory(
+    model: PreTrainedModel | ResolvedModel | str | os.PathLike[str],
+    sidecar: Sidecar | str | os.PathLike[str],
+    *,
+    context: int,
+    batch_size: int = 1,
+    prefill_chunk: int = PREFILL_CHUNK,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> MemoryPlan:
+    """Count what a run would need, allocating nothing and loading no weights.
+
+    Args:
+        model: a loaded model, one that ``resolve_model`` found, a folder or a Hub id.
+        sidecar: an object, a path or a Hub id.
+        context: tokens a row.
+        batch_size: rows.
+        prefill_chunk: prompt tokens a forward.
+        dtype: of the weights: ``auto`` (as stored), ``bfloat16``, ``float16`` or ``float32``; a
+            loaded model has its own. Weights that are stored quantized count as if they were not.
+        device: where the model will go, as for ``--device-map``; a loaded model has its own.
+
+    Raises:
+        ConfigError: a number or a name that makes no sense.
+        ModelError, SidecarError: what cannot be found or read.
+    """
+    for name, number in {
+        "context": context,
+        "batch_size": batch_size,
+        "prefill_chunk": prefill_chunk,
+    }.items():
+        if not 1 <= number <= LARGEST_CONTEXT:
+            raise ConfigError(
+                f"{name} is {number:,}, expected 1 to {LARGEST_CONTEXT:,}.", hint=f"{name}=512"
+            )
+    if not isinstance(sidecar, Sidecar):
+        sidecar = open_sidecar(sidecar)
+    if isinstance(model, PreTrainedModel):
+        weights, loaded = _bytes(model), True
+        config, kind, place = model.config, model.dtype, _place(model)
+    else:
+        if not isinstance(model, ResolvedModel):
+            model = resolve_model(model)
+        place, config, loaded = target_device(device), model.config, False
+        kind = _weights_dtype(model, dtype)
+        weights = _bytes(_without_weights(model, kind))
+
+    def cache_at(tokens: int) -> int:
+        return cache_bytes(config, sidecar, capacity=tokens, batch_size=batch_size, dtype=kind)
+
+    def scratch_at(tokens: int) -> int:
+        return scratch_bytes(
+            text_config(config),
+            sidecar.config,
+            context=tokens,
+            batch_size=batch_size,
+            chunk=prefill_chunk,
+            dtype=kind,
+        )
+
+    return MemoryPlan(
+        context=context,
+        batch_size=batch_size,
+        prefill_chunk=prefill_chunk,
+        device=place,
+        weights=weights,
+        weights_loaded=loaded,
+        cache=cache_at(context),
+        scratch=scratch_at(context),
+        bf16_cache=_bf16_bytes(config, context=context, batch_size=batch_size),
+        available=available_bytes(place),
+        _needed_at=lambda tokens: cache_at(tokens) + scratch_at(tokens),
+    )
+
+
+def _place(model: PreTrainedModel) -> str:
+    devices = {parameter.device for parameter in model.parameters()}
+    return str(devices.pop()) if len(devices) == 1 else "auto"
+
+
+def _without_weights(model: ResolvedModel, dtype: torch.dtype) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            model.config, dtype=dtype, trust_remote_code=model.trust_remote_code
+        )
+
+
+def _weights_dtype(model: ResolvedModel, dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}.", hint=f"--dtype {'|'.join(DTYPES)}")
+    if dtype == "auto":
+        # As transformers does; where neither says it, the largest is assumed.
+        found = model.config.dtype or (stored_dtype(model.location) if model.is_local else None)
+        dtype = str(found or "float32").removeprefix("torch.")
+    kind: torch.dtype = getattr(torch, dtype)
+    return kind
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    # Both iterators name a tied tensor once.
+    return sum(tensor.nbytes for part in (model.parameters(), model.buffers()) for tensor in part)
+
+
+def _bf16_bytes(config: PreTrainedConfig, *, context: int, batch_size: int) -> int:
+    """Bytes of the stock cache at 16 bits: windows as they are, everything else to the end."""
+    shape = Fingerprint.from_config(text_config(config))
+    whole = set(quantized_layers(config))
+    tokens = 0
+    for layer_idx, layer in enumerate(cache_layers(config, {})):
+        if layer_idx in whole:
+            tokens += context
+        elif (window := layer.get_max_length()) > 0:
+            tokens += min(context, window - 1)
+    return 2 * BF16_BYTES * batch_size * tokens * shape.num_kv_heads * shape.head_dim

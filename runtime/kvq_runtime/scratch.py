@@ -1,0 +1,78 @@
+"""Memory that comes and goes while a chunk of tokens passes through a model with a packed cache.
+
+Layers are alike and run one after the other, so that the worst moment of one layer is the worst of
+all: in its MLP, or in its attention, which may have pages to pack first. Counted from the tensors
+that are alive then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvq_formats.config import PAGE_TOKENS, KVQConfig
+from kvq_formats.fingerprint import Fingerprint
+from kvq_runtime import layer
+
+if TYPE_CHECKING:
+    import torch
+
+F32, I64 = 4, 8
+
+
+def scratch_bytes(
+    facts: Mapping[str, Any],
+    config: KVQConfig,
+    *,
+    context: int,
+    batch_size: int,
+    chunk: int,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes beside weights and cache at the worst moment of reading ``chunk`` tokens of each row.
+
+    Args:
+        facts: the text model's configuration as a dict.
+        config: of the sidecar.
+        context: tokens a row that there is room for; no chunk is longer.
+        batch_size: rows.
+        chunk: tokens of a row in one forward.
+        dtype: of the activations.
+    """
+    shape = Fingerprint.from_config(facts)
+    T = min(chunk, context)
+    S, item = batch_size * T, dtype.itemsize
+    # The residual stream, its norm, and in f32 what the norm is computed in.
+    stream = S * shape.hidden_size * (2 * item + F32)
+    mlp = 3 * S * _mlp_width(facts, shape.hidden_size) * item
+    attention = _attention_bytes(shape, config, T=T, context=context, rows=batch_size, item=item)
+    # Of each row's last token: as they are, in f32 for the sampler, which keeps scores and
+    # probabilities, and sorted ones with their places.
+    logits = batch_size * shape.vocab_size * (item + 4 * F32 + I64)
+    # Token ids, mask and positions of all tokens, each beside its copy that is longer by one.
+    bookkeeping = 3 * 2 * I64 * batch_size * context
+    return max(stream + max(mlp, attention), logits) + bookkeeping
+
+
+def _attention_bytes(
+    shape: Fingerprint, config: KVQConfig, *, T: int, context: int, rows: int, item: int
+) -> int:
+    HQ, H, D = shape.num_attention_heads, shape.num_kv_heads, shape.head_dim
+    # Queries projected and rotated, keys and values projected and in order, f32 output.
+    projected = rows * T * D * ((2 * HQ + 4 * H) * item + HQ * F32)
+    return projected + layer.scratch_bytes(
+        num_heads=HQ,
+        num_kv_heads=H,
+        head_dim=D,
+        window=config.sink_tokens + config.recent_tokens + PAGE_TOKENS,
+        tokens=T,
+        context=context,
+        itemsize=item,
+    )
+
+
+def _mlp_width(facts: Mapping[str, Any], hidden: int) -> int:
+    """Channels of the MLP that a token passes, those of its experts taken together."""
+    dense = facts.get("intermediate_size") or facts.get("ffn_dim") or 4 * hidden
+    experts = facts.get("num_experts_per_tok") or 0
+    return int(max(dense, experts * (facts.get("moe_intermediate_size") or dense)))
