@@ -2,11 +2,12 @@
 
 import kvq
 
-sidecar = kvq.calibrate("Qwen/Qwen3-0.6B", bits=3)     # kvq calibrate
+sidecar = kvq.calibrate("Qwen/Qwen3-0.6B", bits=3)              # kvq calibrate
 sidecar.save("./q")
-with kvq.attach(model, "./q", rule="evaluation"):      # run with it
-model(**inputs)
-kvq.evaluate(model, ["./q"], tokens=tokens)            # kvq eval
+kvq.evaluate(model, ["./q"], tokens=tokens)                     # kvq eval
+print(kvq.plan_memory(model, "./q", context=131072).total)      # kvq generate's plan
+with kvq.attach(model, "./q"):                                  # run on a packed cache
+output = model.generate(**inputs, max_new_tokens=200)       # kvq generate
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from kvq_formats.errors import KVQError as KVQError
     from kvq_formats.sidecar import Sidecar as Sidecar
     from kvq_runtime.attach import attach as attach
+    from kvq_runtime.cache import PackedCache as PackedCache
     from kvq_runtime.embedded import embedded_model_path as embedded_model_path
+    from kvq_runtime.memory import MemoryPlan as MemoryPlan
+    from kvq_runtime.memory import plan_memory as plan_memory
     from kvq_runtime.sidecars import open_sidecar as load_sidecar
 
     __version__: str
@@ -30,17 +34,22 @@ if TYPE_CHECKING:
 _HOMES = {
     "KVQConfig": ("kvq_formats.config", "KVQConfig"),
     "KVQError": ("kvq_formats.errors", "KVQError"),
+    "MemoryPlan": ("kvq_runtime.memory", "MemoryPlan"),
+    "PackedCache": ("kvq_runtime.cache", "PackedCache"),
     "Sidecar": ("kvq_formats.sidecar", "Sidecar"),
     "attach": ("kvq_runtime.attach", "attach"),
     "calibrate": ("kvq_calibration.plan", "calibrate_from_text"),
     "embedded_model_path": ("kvq_runtime.embedded", "embedded_model_path"),
     "evaluate": ("kvq_evaluation.sidecars", "evaluate_on_tokens"),
     "load_sidecar": ("kvq_runtime.sidecars", "open_sidecar"),
+    "plan_memory": ("kvq_runtime.memory", "plan_memory"),
 }
 
 __all__ = [
     "KVQConfig",
     "KVQError",
+    "MemoryPlan",
+    "PackedCache",
     "Sidecar",
     "__version__",
     "attach",
@@ -48,6 +57,7 @@ __all__ = [
     "embedded_model_path",
     "evaluate",
     "load_sidecar",
+    "plan_memory",
 ]
 
 

@@ -42,6 +42,7 @@ On the command line, from the folder that holds this file:
 ```
 kvq inspect .
 kvq eval {model_argument} --sidecar . --ppl wikitext2
+kvq generate {model_argument} --sidecar . -p "The quick brown fox"
 ```
 
 In Python:
@@ -53,8 +54,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({model_source})
 tokenizer = AutoTokenizer.from_pretrained({model_source})
 inputs = tokenizer("The quick brown fox", return_tensors="pt")
-with kvq.attach(model, ".", rule="evaluation"):
-    logits = model(**inputs).logits
+with kvq.attach(model, "."):
+    output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+print(tokenizer.decode(output[0]))
 ```
 
 What it costs in accuracy depends on the text: measure it on yours with `kvq eval`.

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
 from typing import Literal, get_args
 
 from transformers import PreTrainedModel
@@ -34,6 +35,8 @@ def attach(
 ) -> AbstractContextManager[PreTrainedModel]:
     """Run ``model`` with a quantized key/value cache; the stock model is back on exit.
 
+    What is returned may be entered again once it has been left, not before.
+
     Args:
         model: a causal language model of transformers, on any device, in any dtype.
         sidecar: what ``calibrate`` returned, or the path of a saved one.
@@ -53,7 +56,31 @@ def attach(
     if rule not in get_args(AttachRule):
         names = ", ".join(repr(name) for name in get_args(AttachRule))
         raise ConfigError(f"rule is {rule!r}, expected one of {names}.", hint='rule="runtime"')
-    return _attached(model, fitting_sidecar(model, sidecar), rule, impl)
+    return _Attachment(model, fitting_sidecar(model, sidecar), rule, impl)
+
+
+class _Attachment(AbstractContextManager[PreTrainedModel]):
+    """Enters ``_attached`` anew each time; it refuses a model that is attached already."""
+
+    def __init__(
+        self, model: PreTrainedModel, sidecar: Sidecar, rule: AttachRule, impl: str | None
+    ) -> None:
+        self._arguments = (model, sidecar, rule, impl)
+
+    def __enter__(self) -> PreTrainedModel:
+        entered = _attached(*self._arguments)
+        model = entered.__enter__()
+        # Only now: a refused entry must leave the one that is open to be closed.
+        self._entered = entered
+        return model
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return self._entered.__exit__(kind, error, traceback)
 
 
 @contextmanager

@@ -42,6 +42,12 @@ def kvq(capsys: pytest.CaptureFixture[str]) -> Kvq:
 
 
 @pytest.fixture
+def kvq_command(kvq: Kvq) -> Kvq:
+    """The same, for tests that call the library kvq."""
+    return kvq
+
+
+@pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> Path:
     """The tiny model in place of the embedded one, so that nothing depends on its training."""
     monkeypatch.setattr("kvq_runtime.resolve.embedded_model_path", lambda: tiny_model_dir)

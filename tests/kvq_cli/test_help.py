@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from kvq_cli.app import app
 
-COMMANDS = ("calibrate", "inspect", "eval", "demo", "env")
+COMMANDS = ("calibrate", "inspect", "eval", "generate", "demo", "env")
 ROOT = Path(__file__).parents[2]
-TO_COME = ("resume", "average-bits", "kvq generate", "kvq chat", "kvq bench", "kvq report",
+TO_COME = ("resume", "average-bits", "kvq chat", "kvq bench", "kvq report",
            "kvq doctor", "kvq serve", "kvq push", "kvq convert")  # fmt: skip
 
 

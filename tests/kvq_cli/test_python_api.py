@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import typing
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import kvq
+from command_line import Kvq
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.embedded import EMBEDDED_MODEL_ID
 
@@ -50,6 +52,12 @@ def test_calibrate_attach_and_evaluate(
         after = model(tokens).logits
     assert torch.equal(before, after)
     assert not torch.equal(before, attached)
+    plan = kvq.plan_memory(model, made, context=1024)
+    with kvq.attach(model, made):
+        cache = kvq.PackedCache(model, made, capacity=1024)
+        generated = model.generate(tokens[:1], past_key_values=cache, max_new_tokens=2)
+    assert generated.shape == (1, 66)
+    assert cache.allocated_bytes == plan.cache
     rows = kvq.evaluate(model, [tmp_path / "q", made], tokens=tokens)
     assert [row.name for row in rows] == ["unquantized", "q", "sidecar 2"]
     assert rows[1].kl == rows[2].kl > 0
@@ -57,7 +65,7 @@ def test_calibrate_attach_and_evaluate(
 
 @pytest.mark.parametrize("model", [(), (EMBEDDED_MODEL_ID,)])
 def test_the_embedded_model_is_known_to_python_too(
-    model: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: tuple[str, ...], kvq_command: Kvq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The real one; what its sidecar's card tells people to type runs as it stands."""
     made = kvq.calibrate(*model, bits=3, num_samples=1, seq_len=64)
@@ -67,4 +75,7 @@ def test_the_embedded_model_is_known_to_python_too(
     card = Path("README.md").read_text()
     names: dict[str, typing.Any] = {}
     exec(card.split("```python\n")[1].split("```")[0], names)
-    assert names["logits"].isfinite().all()
+    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
+    shell = card.split("```\n")[1].splitlines()
+    command = next(line for line in shell if line.startswith("kvq generate"))
+    assert kvq_command(*shlex.split(command)[1:], "--max-new-tokens", 2).code == 0

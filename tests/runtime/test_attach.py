@@ -10,8 +10,13 @@ from torch import Tensor
 
 from garbage import with_garbage_codebooks
 from kvq_formats import pages
-from kvq_formats.errors import ConfigError, FingerprintMismatchError, SidecarError
-from kvq_runtime.attach import attach
+from kvq_formats.errors import (
+    ConfigError,
+    FingerprintMismatchError,
+    KVQError,
+    SidecarError,
+)
+from kvq_runtime.attach import AttachRule, attach
 from kvq_runtime.sidecar_codec import SidecarCodec
 from tiny_models import make_tiny_llama
 from tiny_sidecars import make_sidecar
@@ -107,3 +112,24 @@ def test_a_garbage_codebook_wrecks_the_logits() -> None:
     with attach(model, with_garbage_codebooks(good), rule="evaluation"):
         far = (model(ids(1000)).logits - stock).square().mean()
     assert far > 30 * near
+
+
+@pytest.mark.parametrize("rule", ["runtime", "evaluation", "exact-prefill"])
+@torch.no_grad()
+def test_entered_twice_is_refused_and_what_is_open_stays(rule: AttachRule) -> None:
+    model, sidecar = make_tiny_llama(), make_sidecar()
+    prompt = ids(40)
+    stock = model(prompt).logits
+    attachment = attach(model, sidecar, rule=rule)
+    with attachment:
+        attached = model(prompt).logits
+        for again in (attachment, attach(model, sidecar)):
+            with pytest.raises(KVQError, match="attached") as caught, again:
+                pass
+            assert caught.value.hint
+        assert torch.equal(model(prompt).logits, attached)
+    assert torch.equal(model(prompt).logits, stock)
+    # Left, it can be entered again.
+    with attachment:
+        assert torch.equal(model(prompt).logits, attached)
+    assert torch.equal(model(prompt).logits, stock)
