@@ -1,22 +1,20 @@
-"""Generating as ``kvq generate`` does: how much room, what it needs, what came out."""
+"""Generating as ``kvq generate`` and ``kvq demo`` do: streamed text, and what the cache held."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvq_cli.output import Output
 from kvq_cli.peak_memory import peak_memory_json
-from kvq_cli.sizes import context_for, context_within, show_bytes, show_tokens
-from kvq_formats.errors import DataError, NotEnoughMemoryError
+from kvq_cli.sizes import show_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kvq_cli.memory_plan import Room
     from kvq_cli.prompts import Prompt
     from kvq_formats.sidecar import Sidecar
     from kvq_runtime.cache import PackedCache
@@ -28,147 +26,42 @@ if TYPE_CHECKING:
 
 SCHEMA = "kvq.generate/1"
 
-SMALL_CHUNK = 64
-"""A prefill chunk that is offered where memory is short."""
 
-
-@dataclass(frozen=True)
-class Room:
-    """Tokens that a run may hold.
-
-    Fields:
-        capacity: tokens of the cache.
-        new_tokens: at most so many are generated.
-        cut: whether ``new_tokens`` are fewer than asked for, because the context ends.
-    """
-
-    capacity: int
-    new_tokens: int
-    cut: bool = False
-
-
-def make_room(output: Output, prompt_tokens: int, *, context: int | None, new_tokens: int) -> Room:
-    """Fit prompt and new tokens into the context; without one, the cache is made for both.
-
-    Raises DataError where the prompt leaves no room.
-    """
-    wanted = prompt_tokens + new_tokens
-    if context is None:
-        return Room(wanted, new_tokens)
-    left = context - prompt_tokens
-    if left < 1:
-        raise DataError(
-            f"the prompt has {prompt_tokens:,} tokens; --context {show_tokens(context)} holds "
-            f"{context:,}, a new one among them.",
-            hint=f"--context {context_for(wanted)}, or a shorter prompt",
-        )
-    if left < new_tokens:
-        output.note(
-            f"at most {left:,} new tokens, not {new_tokens:,}: the prompt has {prompt_tokens:,}, "
-            f"and the context {context:,}; --context {context_for(wanted)} has room for all"
-        )
-        return Room(context, left, cut=True)
-    return Room(context, new_tokens)
-
-
-def warn_beyond_positions(output: Output, capacity: int, positions: int | None) -> None:
-    """Say where text may outgrow what the model was trained for."""
-    if positions is not None and capacity > positions:
-        output.warn(
-            f"a context of {capacity:,} tokens is beyond the {positions:,} positions that the "
-            "model was trained for: past them its text may make no sense"
-        )
-
-
-def say_plan(output: Output, plan: MemoryPlan, *, in_full: bool) -> None:
-    """Print the memory plan: a table of lines, or one."""
-    if not in_full:
-        parts = {"weights": plan.weights, "cache": plan.cache, "scratch": plan.scratch}
-        what = " + ".join(f"{name} {show_bytes(count)}" for name, count in parts.items())
-        output.note(
-            f"memory: {what} = {show_bytes(plan.total)} of {show_bytes(plan.available)} available"
-        )
-        return
-    rows = [
-        ("weights", plan.weights, ""),
-        ("cache", plan.cache, f"a bf16 cache would need {show_bytes(plan.bf16_cache)}"),
-        ("scratch", plan.scratch, f"for {plan.prefill_chunk:,} tokens of the prompt at a time"),
-        ("total", plan.total, ""),
-        ("available", plan.available, f"on {plan.device}"),
-    ]
-    lines = [f"{name:<10}{show_bytes(count):>9}   {more}".rstrip() for name, count, more in rows]
-    output.note("\n".join([f"memory for {plan.context:,} tokens:", *lines]))
-
-
-def check_plan(
-    plan: MemoryPlan,
-    sidecar: Sidecar,
-    replan: Callable[..., MemoryPlan],
+def stream_text(
+    output: Output,
+    loaded: LoadedModel,
+    input_ids: Tensor,
+    cache: PackedCache,
     *,
-    dtype: str,
-    is_exact: bool,
-    needed: int,
-) -> None:
-    """Raise NotEnoughMemoryError, which names what would fit, if ``plan`` does not.
+    new_tokens: int,
+    prefill_chunk: int | None,
+    sampling: Sampling,
+) -> Generation:
+    """Continue a prompt int64 ``[1, T]`` on an attached model, and print the text as it comes.
 
-    Args:
-        plan: of the run.
-        sidecar: what it runs with.
-        replan: makes a plan of the same context from a sidecar, ``prefill_chunk``, ``dtype`` and
-            ``device``.
-        dtype: of the weights, as asked for.
-        is_exact: whether the prompt is read in one piece (``--exact-prefill``).
-        needed: tokens of the prompt and a new one; a shorter context is of no use.
+    Raises GenerationInterrupted.
     """
-    if plan.fits:
-        return
-    options = {"prefill_chunk": plan.prefill_chunk, "dtype": dtype, "device": plan.device}
-    few = min(SMALL_CHUNK, plan.prefill_chunk)
-    calibrate = shlex.join(["kvq", "calibrate", sidecar.base_model.id, "--bits", "2"])
-    chunks = f"--prefill-chunk {SMALL_CHUNK}" + (" without --exact-prefill" if is_exact else "")
-    others = {
-        calibrate: replan(_at_two_bits(sidecar), **options),
-        chunks: replan(sidecar, **{**options, "prefill_chunk": few}),
-        "--dtype bfloat16": replan(sidecar, **{**options, "dtype": "bfloat16"}),
-    }
-    if plan.device.startswith("cuda"):
-        others["--device-map auto"] = replan(sidecar, **{**options, "device": "auto"})
-    helpful = {
-        name: other
-        for name, other in others.items()
-        if other.total < plan.total or other.device != plan.device
-    }
-    largest = plan.largest_context()
-    offers = [f"--context {context_within(largest)}"] if largest >= needed else []
-    offers += [name for name, other in helpful.items() if other.fits]
-    # Where nothing is enough by itself, all that helps is named together.
-    hint = ", or ".join(offers) or ", with ".join(helpful)
-    raise NotEnoughMemoryError(
-        f"{plan.context:,} tokens do not fit into memory: weights {show_bytes(plan.weights)} + "
-        f"cache {show_bytes(plan.cache)} + scratch {show_bytes(plan.scratch)} = "
-        f"{show_bytes(plan.total)}, and {show_bytes(plan.available)} are available on "
-        f"{plan.device}; the largest context that fits is {largest:,} tokens.",
-        hint=hint or "a smaller model, or a machine with more memory",
-    )
+    from kvq_runtime.generate import generate_text
 
+    with ExitStack() as bars:
+        progress = bars.enter_context(output.progress("prefill"))
 
-def _at_two_bits(sidecar: Sidecar) -> Sidecar:
-    """A sidecar of the same shape with the shortest codes; it serves to count bytes only."""
-    import torch
+        def show(piece: str) -> None:
+            # Bars and text on one terminal would write over each other.
+            bars.close()
+            output.stream(piece)
 
-    from kvq_formats.codebook import Codebook
-
-    codebook = Codebook.fit_grid(torch.linspace(-1.0, 1.0, 4))
-    layers = {
-        layer_idx: replace(
-            layer,
-            key=replace(layer.key, codebook=codebook),
-            value=replace(layer.value, codebook=codebook),
+        return generate_text(
+            loaded.model,
+            loaded.tokenizer,
+            input_ids,
+            cache=cache,
+            max_new_tokens=new_tokens,
+            prefill_chunk=prefill_chunk,
+            sampling=sampling,
+            on_text=show,
+            progress=progress,
         )
-        for layer_idx, layer in sidecar.layers.items()
-    }
-    config = sidecar.config.model_copy(update={"key_bits": 2, "value_bits": 2})
-    return replace(sidecar, config=config, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -250,38 +143,24 @@ class Run:
         """
         from kvq_runtime.attach import attach
         from kvq_runtime.cache import PackedCache
-        from kvq_runtime.generate import GenerationInterrupted, generate_text
+        from kvq_runtime.generate import GenerationInterrupted
 
         model = self.loaded.model
-        with (
-            attach(model, self.sidecar, rule=self.rule, impl=self.requested),
-            ExitStack() as bars,
-        ):
+        with attach(model, self.sidecar, rule=self.rule, impl=self.requested):
             cache = PackedCache(model, self.sidecar, capacity=self.room.capacity)
-            progress = bars.enter_context(output.progress("prefill"))
-
-            def show(piece: str) -> None:
-                # Bars and text on one terminal would write over each other.
-                bars.close()
-                output.stream(piece)
-
             try:
-                generation = generate_text(
-                    model,
-                    self.loaded.tokenizer,
+                generation = stream_text(
+                    output,
+                    self.loaded,
                     input_ids,
-                    cache=cache,
-                    max_new_tokens=self.room.new_tokens,
+                    cache,
+                    new_tokens=self.room.new_tokens,
                     prefill_chunk=self.prefill_chunk,
                     sampling=self.sampling,
-                    on_text=show,
-                    progress=progress,
                 )
             except GenerationInterrupted as interrupted:
-                bars.close()
                 self._report(output, interrupted.generation, cache)
                 raise
-            bars.close()
             self._report(output, generation, cache)
 
     def _report(self, output: Output, generation: Generation, cache: PackedCache) -> None:

@@ -57,13 +57,19 @@ class Output:
 
         ``payload`` names its own format under ``schema``.
         """
-        from rich.text import Text
-
         if self.as_json:
             text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False)
             # Set first: where stdout is full or closed, an error belongs on stderr.
             self.json_printed = True
             print(text, flush=True)
+            return
+        self.show(*parts)
+
+    def show(self, *parts: RenderableType) -> None:
+        """Print parts of a result that are there already; with ``--json`` all comes at the end."""
+        from rich.text import Text
+
+        if self.as_json:
             return
         for part in parts:
             # Text is never cut or folded: it may be a path that is copied.

@@ -167,7 +167,8 @@ def generate(
     output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
     from functools import partial
 
-    from kvq_cli.generation import Run, check_plan, make_room, say_plan, warn_beyond_positions
+    from kvq_cli.generation import Run
+    from kvq_cli.memory_plan import check_plan, make_room, say_plan, warn_beyond_positions
     from kvq_cli.prompts import read_prompt
     from kvq_cli.session import one_sidecar
     from kvq_cli.sizes import parse_tokens

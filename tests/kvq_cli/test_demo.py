@@ -20,6 +20,8 @@ def a_smaller_subset(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "NUM_SAMPLES", 2)
     monkeypatch.setattr(demo, "SEQ_LEN", 64)
     monkeypatch.setattr(demo, "WINDOWS", 2)
+    monkeypatch.setattr(demo, "PROMPT_TOKENS", 300)
+    monkeypatch.setattr(demo, "NEW_TOKENS", 3)
 
 
 def test_demo_ends_with_tables_and_leaves_nothing(
@@ -33,6 +35,12 @@ def test_demo_ends_with_tables_and_leaves_nothing(
     assert "kvq/tiny-llama" in ran.stdout
     assert "partial: 2 windows" in ran.stdout
     assert ran.stdout.count("unquantized") == 2
+    # The last thing is text, with a table of what its cache held.
+    generated = ran.stdout[ran.stdout.index("300 tokens of WikiText-2 test (bundled), continued") :]
+    table = generated[generated.index("Held when the text was complete") :]
+    assert "tiny-llama-kvq3" in table
+    assert " 302 " in table
+    assert "16.00" in table
     assert ran.stderr.splitlines()[-1].startswith("Next: kvq calibrate ")
     assert list(tmp_path.iterdir()) == []
     # The user's own sidecar stays the current one.
@@ -45,6 +53,13 @@ def test_demo_keeps_its_sidecar_if_asked(kvq: Kvq, tmp_path: Path) -> None:
     assert ran.json["schema"] == "kvq.demo/1"
     assert ran.json["calibration"]["config"]["key_bits"] == 2
     assert [len(text["rows"]) for text in ran.json["texts"]] == [2, 2]
+    generation = ran.json["generation"]
+    assert (generation["prompt_tokens"], generation["generated_tokens"]) == (300, 3)
+    assert generation["tokens_held"] == 302
+    held, unpacked = generation["held_bytes"], generation["bf16_bytes"]
+    assert generation["effective_bits"] == pytest.approx(16 * held / unpacked, abs=5e-5)
+    assert generation["kl"] > 0
+    assert 0 < generation["agreement"] <= 1
     assert Sidecar.load(tmp_path / "q").base_model.id == "kvq/tiny-llama"
     assert recall() is None
     assert kvq("demo", "-o", tmp_path / "q", "--json").code == 1
