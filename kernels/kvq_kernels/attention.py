@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvq_formats.config import PAGE_TOKENS
 
-QUERY_BLOCK = 512
+QUERY_BLOCK = 128
 """Query tokens that are scored at a time."""
 
 EXACT_BLOCK = 2048
@@ -30,8 +30,8 @@ EXACT_BLOCK = 2048
 DECODED_BLOCK_BYTES = 4 * 2**20
 """Decoded keys of a block of pages, and as much for values: small enough to stay in a cache."""
 
-SCORE_BLOCK_BYTES = 32 * 2**20
-"""Scores of a block, f32."""
+SCORE_BLOCK_BYTES = 8 * 2**20
+"""Scores of a block, f32. More of either is no faster on a CPU, and takes memory."""
 
 
 @dataclass(frozen=True)
@@ -176,20 +176,21 @@ def scratch_bytes(
         num_heads, num_kv_heads, head_dim: HQ, H, D.
         tokens: queries of the row, T.
         coded_pages: pages that they read from codes.
-        exact_tokens: tokens that they read exactly, E.
+        exact_tokens: tokens that ``QUERY_BLOCK`` of them read exactly.
 
-    Counted in f32: a block of decoded pages (keys, values, and as much again while they are looked
-    up and turned), its scores with their mask, what a block of exact tokens takes instead, the
-    running softmax, and the output.
+    Counted in f32: the output and a running softmax of a block of queries, with what a split adds
+    to it; and of the split either decoded pages (keys and values), their scores, and queries or
+    results once a page, or exact tokens likewise, with a mask, its inverse and one of fewer heads.
     """
     H, D = num_kv_heads, head_dim
-    M = num_heads // H * min(tokens, QUERY_BLOCK)
+    G = num_heads // H
+    M = G * min(tokens, QUERY_BLOCK)
     pages = min(coded_pages, _pages_a_block(H, M, D))
-    page = 4 * H * PAGE_TOKENS
-    coded = pages * page * (4 * D + 2 * M) + 4 * pages * H * M * D
+    coded = 4 * H * pages * (PAGE_TOKENS * (2 * D + M) + M * D)
     block = min(exact_tokens, EXACT_BLOCK)
-    exact = 4 * H * block * (2 * D + 2 * M)
-    running = 3 * 4 * H * M * (D + 1)
+    exact = 4 * H * (block * (2 * D + M) + M * D) + (2 * M + M // G) * block
+    running = 4 * H * M * (2 * D + 3)
+    # What is decoded from codes is for a moment there twice, before there are scores.
     return max(coded, exact) + running + 4 * num_heads * tokens * D
 
 
@@ -227,7 +228,7 @@ class _Merge:
         """
         scores = torch.matmul(self.query, keys.mT.to(self.query.dtype))
         if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if mask is not None:
             scores = scores.masked_fill_(~mask, -torch.inf)
         largest = torch.maximum(self.largest, scores.amax(dim=(0, 3)))
@@ -296,9 +297,10 @@ def _add_pages(
         if decoded.half_range is None or decoded.center is None:
             return torch.matmul(weights, values).sum(0)
         # A value is half_range * z + center of its token, so that both fold into the weights.
-        centered = (weights * decoded.center[:, :, None, :]).sum(dim=(0, 3))
+        centers = decoded.center[..., None].to(weights.dtype)
+        centered = torch.matmul(weights, centers).sum(0)
         scaled = weights.mul_(decoded.half_range[:, :, None, :])
-        return torch.matmul(scaled, values).sum(0).add_(centered[..., None])
+        return torch.matmul(scaled, values).sum(0).add_(centered)
 
     merge.add(decoded.keys, mask, weigh)
 

@@ -282,8 +282,12 @@ class PackedLayer(CacheLayerMixin):
                 options=options,
                 exact_prefill=rule == "exact-prefill" and T > 1,
             )
-        self._readings = []
+        self.end_reading()
         return output
+
+    def end_reading(self) -> None:
+        """Let go of the last update's tokens, which are kept exactly for the attention to come."""
+        self._readings = []
 
     def _append_row(self, place: int, fed: Tokens, forward: Forward) -> _Reading:
         """Store one row's T tokens, padding among them, and pack the pages that they complete."""
@@ -398,6 +402,6 @@ def scratch_bytes(
         head_dim=D,
         tokens=tokens,
         coded_pages=context // PAGE_TOKENS,
-        exact_tokens=exact,
+        exact_tokens=min(exact, attention.QUERY_BLOCK + window),
     )
     return held + max(packing, attending)

@@ -7,7 +7,8 @@ makes no difference to what a query sees (``docs/method.md``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,7 +64,7 @@ class RuntimeTap(AttentionTap):
         self.model = model
         self.codecs = codecs
         self.rule = rule
-        self.cache: Cache | None = None
+        self.cache: Callable[[], Cache | None] = lambda: None
         self.forward: Forward | None = None
         self.attended: Tensor | None = None
         self.shape = (0, 0)
@@ -95,9 +96,10 @@ class RuntimeTap(AttentionTap):
         if inputs is None:
             raise KVQError("a forward without input_ids or inputs_embeds.")
         self.close()
-        self.cache, self.shape = cache, (inputs.shape[0], inputs.shape[1])
+        # Weakly: who drops a cache gets its memory back, and not only at the next forward.
+        self.cache, self.shape = weakref.ref(cache), (inputs.shape[0], inputs.shape[1])
         slots = cache.get_seq_length()
-        self.attended = self._attended(arguments.get("attention_mask"), slots)
+        self.attended = self._attended(arguments.get("attention_mask"), cache)
         self.forward = None
         self.stock.clear()
         self.stock_prefill = self.rule == "exact-prefill" and slots == 0
@@ -126,8 +128,9 @@ class RuntimeTap(AttentionTap):
             runs=[[(0, T)] if row is None else spans(row) for row in rows],
             positions=positions,
         )
-        assert self.cache is not None
-        for layer in packed_layers(self.cache):
+        cache = self.cache()
+        assert cache is not None
+        for layer in packed_layers(cache):
             layer.forward = self.forward
 
     def mask_function(self, stock: MaskFunction) -> MaskFunction:
@@ -175,6 +178,7 @@ class RuntimeTap(AttentionTap):
         tokens = max((row.tokens for row in states.layer.rows), default=0)
         options = attention_options(call.options, tokens=tokens, head_dim=states.shape[-1])
         if (rotated := self.stock.pop(call.layer_idx, None)) is not None:
+            states.layer.end_reading()
             fed: Any = call.value
             return call.attend(*rotated, fed.fed)
         output = states.layer.attend(call.query, options, rule=self.rule)
@@ -190,12 +194,13 @@ class RuntimeTap(AttentionTap):
             self.orders[layer_idx] = order
         return order
 
-    def _attended(self, mask: Tensor | None, slots: int) -> Tensor | None:
+    def _attended(self, mask: Tensor | None, cache: Cache) -> Tensor | None:
         """Bool ``[B, T]`` of this forward's tokens; None if all are attended.
 
         Raises KVQError for masks of another shape, and where padding of earlier forwards changed.
         """
         B, T = self.shape
+        slots = cache.get_seq_length()
         if mask is None:
             return None
         if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -212,8 +217,7 @@ class RuntimeTap(AttentionTap):
                 hint="the mask covers the tokens that the cache holds, too",
             )
         mask = mask.bool()
-        assert self.cache is not None
-        layer = next(packed_layers(self.cache))
+        layer = next(packed_layers(cache))
         if slots and not torch.equal(mask[:, :slots].cpu(), attended_mask(layer.rows, slots)):
             raise KVQError(
                 "attention_mask differs from the one that earlier tokens were cached with; "

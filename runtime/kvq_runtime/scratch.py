@@ -58,8 +58,8 @@ def _attention_bytes(
     shape: Fingerprint, config: KVQConfig, *, T: int, context: int, rows: int, item: int
 ) -> int:
     HQ, H, D = shape.num_attention_heads, shape.num_kv_heads, shape.head_dim
-    # Queries projected and rotated, keys and values projected and in order, f32 output.
-    projected = rows * T * D * ((2 * HQ + 4 * H) * item + HQ * F32)
+    # Queries, keys and values as projected, cosines and sines, and the f32 output.
+    projected = rows * T * D * ((HQ + 2 * H) * item + (HQ + 2) * F32)
     return projected + layer.scratch_bytes(
         num_heads=HQ,
         num_kv_heads=H,
