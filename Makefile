@@ -9,15 +9,19 @@ READY := $(VENV)/.kvq-ready
 # Arguments for pytest, e.g. make test PYTEST_ARGS='tests/formats -x'
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint format types contracts docs check bench-kmeans bench-accuracy clean
+.PHONY: help setup demo test lint format types contracts docs check bench-kmeans bench-accuracy \
+	bench-append bench-memory bench-decode clean
 
 help:
-	@echo "make demo         calibrate the built-in model, evaluate it, print the table (offline)"
+	@echo "make demo         calibrate the built-in model, evaluate it, generate with it (offline)"
 	@echo "make test         run the tests"
 	@echo "make check        lint, import contracts and types"
 	@echo "make format       let ruff format the code"
 	@echo "make docs         write docs/cli.md anew from the commands"
 	@echo "make bench-kmeans measure the codebook solver against scikit-learn"
+	@echo "make bench-append measure what a token costs to append at 1k and at 64k tokens"
+	@echo "make bench-memory measure the memory of a 64k-token cache against the plan"
+	@echo "make bench-decode measure decoding on a CPU against transformers' quantized caches"
 	@echo "make clean        remove the virtual environment and all caches"
 
 setup: $(READY)
@@ -62,6 +66,16 @@ bench-kmeans: $(READY)
 
 bench-accuracy: $(READY)
 	$(BIN)/python benchmarks/accuracy.py
+
+bench-append: $(READY)
+	$(BIN)/python benchmarks/append.py
+
+bench-memory: $(READY)
+	$(BIN)/python benchmarks/cache_memory.py
+
+# The others' backends: $(BIN)/pip install optimum-quanto hqq
+bench-decode: $(READY)
+	$(BIN)/python benchmarks/decode_cpu.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from results_csv import commit, write_csv
+from results_csv import commit, processor, write_csv
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -149,7 +148,7 @@ def compare(
 def environment() -> dict[str, object]:
     """Columns that say where the figures come from."""
     return {
-        "device": _processor(),
+        "device": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_before": round(os.getloadavg()[0], 2),
@@ -158,14 +157,6 @@ def environment() -> dict[str, object]:
         "numpy": version("numpy"),
         "commit": commit(),
     }
-
-
-def _processor() -> str:
-    """Name of the processor, as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def show(rows: list[dict[str, object]]) -> None:

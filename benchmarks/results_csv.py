@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -39,6 +40,30 @@ def provenance(model: nn.Module, *, name: str, seq_len: int) -> dict[str, object
         "transformers": version("transformers"),
         "commit": commit(),
     }
+
+
+def machine() -> dict[str, object]:
+    """Columns of timings and memory: the machine, what it was doing, versions and commit."""
+    import torch
+
+    return {
+        "device": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "kvq": version("kvq"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "commit": commit(),
+    }
+
+
+def processor() -> str:
+    """Name of the processor, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def commit() -> str:
