@@ -87,10 +87,11 @@ class Holding:
     def sentence(self) -> str:
         """For people."""
         ratio = f": {self.bf16 / self.held:.2f}x" if self.held and self.bf16 else ""
+        why = " (a page of exact tokens is always there)" if self.held > self.bf16 else ""
         return (
             f"{self.tokens:,} tokens are held in {show_bytes(self.held)} "
             f"({show_bytes(self.allocated)} allocated); a bf16 cache of them would need "
-            f"{show_bytes(self.bf16)}{ratio}"
+            f"{show_bytes(self.bf16)}{ratio}{why}"
         )
 
     def to_json(self) -> dict[str, Any]:
