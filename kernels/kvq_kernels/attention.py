@@ -156,8 +156,7 @@ def attend(
             merge.add_logits(
                 options.sink_logits.to(dtype).repeat_interleave(stop - start).view(H, -1)
             )
-        result = merge.result().view(HQ, stop - start, D)
-        output[start:stop] = result.transpose(0, 1)
+        output[start:stop] = merge.result().view(HQ, stop - start, D).transpose(0, 1)
     return output
 
 
@@ -189,7 +188,7 @@ def scratch_bytes(
     coded = 4 * H * pages * (PAGE_TOKENS * (2 * D + M) + M * D)
     block = min(exact_tokens, EXACT_BLOCK)
     exact = 4 * H * (block * (2 * D + M) + M * D) + (2 * M + M // G) * block
-    running = 4 * H * M * (2 * D + 3)
+    running = 4 * H * M * (3 * D + 3)
     # What is decoded from codes is for a moment there twice, before there are scores.
     return max(coded, exact) + running + 4 * num_heads * tokens * D
 
