@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 
+from kvq_formats.config import LARGEST_CONTEXT
 from kvq_formats.errors import ConfigError
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
-
-LARGEST_TOKENS = 2**31 - 1
-"""Positions are stored in int32."""
 
 _TOKENS = re.compile(r"([0-9]+) ?([kM]?)", re.IGNORECASE)
 _FACTORS = {"": 1, "k": 1024, "m": 1024**2}
@@ -22,7 +20,7 @@ def parse_tokens(text: str, *, flag: str) -> int:
     """
     match = _TOKENS.fullmatch(text.strip())
     tokens = int(match[1]) * _FACTORS[match[2].lower()] if match else 0
-    if not 1 <= tokens <= LARGEST_TOKENS:
+    if not 1 <= tokens <= LARGEST_CONTEXT:
         raise ConfigError(
             f"{flag} is {text!r}, expected tokens, at least 1 and below 2048M: a whole number, "
             "also with k (1,024) or M (1,024 k).",

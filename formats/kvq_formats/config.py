@@ -11,6 +11,9 @@ from kvq_formats.errors import ConfigError
 PAGE_TOKENS = 256
 """Tokens of a page, at every width (see ``packing``)."""
 
+LARGEST_CONTEXT = 2**31 - 1
+"""Tokens of a row: positions are stored in int32."""
+
 Bits = Literal[2, 3, 4]
 
 

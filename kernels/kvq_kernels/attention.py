@@ -89,10 +89,6 @@ class ExactTokens:
         """Where in E the token at ``index`` of the row is."""
         return index if index < self.sinks else self.sinks + index - self.start
 
-    def page_end(self, place: int) -> int:
-        """Index of the last token that the page of the token at ``place`` has room for."""
-        return self.start + (place - self.sinks) // PAGE_TOKENS * PAGE_TOKENS + PAGE_TOKENS - 1
-
 
 @dataclass(frozen=True)
 class AttentionOptions:

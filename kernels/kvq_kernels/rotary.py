@@ -34,6 +34,13 @@ class RotaryAngles:
         default_factory=dict, init=False, repr=False
     )
 
+    def same_as(self, other: RotaryAngles) -> bool:
+        """Whether every position is turned alike."""
+        return self is other or (
+            self.scaling == other.scaling
+            and torch.equal(self.frequencies.cpu(), other.frequencies.cpu())
+        )
+
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosines and sines, f32 ``[..., R / 2]``, of integer ``positions`` ``[...]``.
 

@@ -35,7 +35,8 @@ def attach(
 ) -> AbstractContextManager[PreTrainedModel]:
     """Run ``model`` with a quantized key/value cache; the stock model is back on exit.
 
-    What is returned may be entered again once it has been left, not before.
+    What is returned may be entered again once it has been left, not before. Under the other rules
+    than ``"evaluation"`` no gradient passes through attention.
 
     Args:
         model: a causal language model of transformers, on any device, in any dtype.

@@ -133,7 +133,9 @@ def layer_placement(model: PreTrainedModel, layer_idx: int) -> tuple[torch.devic
     from kvq_runtime.rope import attention_modules
 
     weight = next(attention_modules(model)[layer_idx].parameters())
-    dtype = weight.dtype if weight.dtype.is_floating_point else model.dtype
+    # Weights of one byte are scaled numbers; what they compute has the model's dtype.
+    is_float = weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+    dtype = weight.dtype if is_float else model.dtype
     return weight.device, dtype
 
 
@@ -150,6 +152,7 @@ def adopt(cache: Cache | None, model: PreTrainedModel, codecs: Mapping[int, Page
         cache = DynamicCache()
     if type(cache) is PackedCache:
         _check_codecs(cache, codecs)
+        _check_whole(cache)
         return cache
     if type(cache) is not DynamicCache or cache.offloading:
         raise KVQError(
@@ -163,8 +166,13 @@ def adopt(cache: Cache | None, model: PreTrainedModel, codecs: Mapping[int, Page
             "attached model runs on a packed cache.",
             hint="start with a new cache inside `with kvq.attach(...)`",
         )
+    given = cache.layers
     cache.__class__ = PackedCache
     cache.layers = cache_layers(model.config, codecs)
+    for layer_idx, layer in enumerate(given[: len(cache.layers)]):
+        # Stock layers stay: what generate has set on them counts.
+        if type(layer) is type(cache.layers[layer_idx]):
+            cache.layers[layer_idx] = layer
     cache.layer_class_to_replicate = None
     return cache
 
@@ -173,11 +181,15 @@ def _check_codecs(cache: Cache, codecs: Mapping[int, PageCodec]) -> None:
     for layer_idx, layer in enumerate(cache.layers):
         wanted = codecs.get(layer_idx)
         given = layer.codec if isinstance(layer, PackedLayer) else None
+        if wanted is not None and layer.known_codec is wanted:
+            continue
         if (given is None) != (wanted is None) or not _same(given, wanted):
             raise KVQError(
                 "the packed cache that was passed belongs to another sidecar or model.",
                 hint="start with a new cache inside `with kvq.attach(...)`",
             )
+        if wanted is not None:
+            layer.known_codec = wanted
 
 
 def _same(given: PageCodec | None, wanted: PageCodec | None) -> bool:
@@ -185,7 +197,29 @@ def _same(given: PageCodec | None, wanted: PageCodec | None) -> bool:
         return True
     if not isinstance(given, SidecarPageCodec) or not isinstance(wanted, SidecarPageCodec):
         return False
-    return given.config == wanted.config and given.digest == wanted.digest
+    return (
+        given.config == wanted.config
+        and given.digest == wanted.digest
+        and torch.equal(given.rotary.order, wanted.rotary.order)
+        and given.rotary.angles().same_as(wanted.rotary.angles())
+    )
+
+
+def _check_whole(cache: Cache) -> None:
+    """Refuse a cache that a failed forward left in the middle."""
+    layers = list(packed_layers(cache))
+    slots = {layer.slots for layer in layers}
+    if any(layer.torn for layer in layers):
+        raise KVQError(
+            "a forward failed while this cache was written to; what it holds is not whole.",
+            hint="cache.reset(), or a new cache",
+        )
+    if len(slots) > 1:
+        raise KVQError(
+            f"a forward failed between the layers of this cache: some hold {min(slots):,} tokens "
+            f"a row, some {max(slots):,}.",
+            hint=f"cache.crop({min(slots)}), cache.reset(), or a new cache",
+        )
 
 
 def cache_bytes(
@@ -204,10 +238,14 @@ def cache_bytes(
     codecs = unrotated_codecs(sidecar)
     total = 0
     fingerprint = sidecar.base_model.fingerprint
+    packed: int | None = None
     for layer in cache_layers(config, codecs, capacity=capacity):
         if isinstance(layer, PackedLayer):
-            layer.allocate(batch_size, dtype=dtype, device="meta")
-            total += layer.allocated_bytes
+            if packed is None:
+                layer.allocate(batch_size, dtype=dtype, device="meta")
+                packed = layer.allocated_bytes
+            # All have one shape, and lists of millions of pages take their time.
+            total += packed
         elif (window := layer.get_max_length()) > 0:
             tokens = min(capacity, window - 1)
             heads = fingerprint.num_kv_heads * fingerprint.head_dim

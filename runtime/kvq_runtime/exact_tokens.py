@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kvq_runtime.modes import lasting_tensors
+
 
 class Tokens(NamedTuple):
     """Neighbouring tokens of one row.
@@ -53,9 +55,10 @@ class ExactBuffers:
         device: torch.device,
     ) -> None:
         shape = (batch_size, num_kv_heads, size, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.positions = torch.zeros(batch_size, size, dtype=torch.int32, device=device)
+        with lasting_tensors():
+            self.keys = torch.zeros(shape, dtype=dtype, device=device)
+            self.values = torch.zeros(shape, dtype=dtype, device=device)
+            self.positions = torch.zeros(batch_size, size, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +82,7 @@ class ExactBuffers:
 
     def select(self, order: Tensor) -> None:
         """Row ``i`` becomes what row ``order[i]`` was."""
-        self.keys = self.keys.index_select(0, order)
-        self.values = self.values.index_select(0, order)
-        self.positions = self.positions.index_select(0, order)
+        with lasting_tensors():
+            self.keys = self.keys.index_select(0, order)
+            self.values = self.values.index_select(0, order)
+            self.positions = self.positions.index_select(0, order)

@@ -30,12 +30,22 @@ class Forward:
     positions: Tensor
     active: bool = True
     _expected: Tensor | None = field(default=None, repr=False)
+    _elsewhere: dict[torch.device, Forward] = field(default_factory=dict, repr=False)
 
     @classmethod
     def consecutive(cls, first: int, B: int, T: int, *, device: torch.device) -> Self:
         """All T tokens of B rows attended, at positions ``first``, ``first + 1``, ..."""
         positions = torch.arange(first, first + T, dtype=torch.int32, device=device)
         return cls([None] * B, [[(0, T)] if T else []] * B, positions.expand(B, T))
+
+    def on(self, device: torch.device) -> Forward:
+        """The same with its tensors on ``device``, for layers that lie elsewhere."""
+        if self.positions.device == device:
+            return self
+        if device not in self._elsewhere:
+            attended = [None if row is None else row.to(device) for row in self.attended]
+            self._elsewhere[device] = Forward(attended, self.runs, self.positions.to(device))
+        return self._elsewhere[device]
 
     def expect_key(self, key: Tensor) -> Tensor:
         """Note the key that a layer is about to cache, as its rotation returned it."""
@@ -78,7 +88,8 @@ def check_positions(positions: Tensor, attended: Tensor | None) -> None:
         )
     back = positions[:, 1:] < positions[:, :-1]
     if attended is not None:
-        back &= attended[:, 1:] & attended[:, :-1]
+        # Positions may be one row for all.
+        back = back & attended[:, 1:] & attended[:, :-1]
     if back.any():
         raise KVQError(
             "position_ids go back within a row: several texts in one row (packed sequences) are "

@@ -12,11 +12,11 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import CacheFullError, KVQError
-from kvq_kernels import attention
 from kvq_kernels.attention import AttentionOptions, ExactTokens, attend
 from kvq_kernels.rotary import rotate
 from kvq_runtime.exact_tokens import ExactBuffers, Tokens
 from kvq_runtime.forward import Forward, Rule
+from kvq_runtime.modes import lasting_tensors, plain_arithmetic
 from kvq_runtime.page_codec import PageCodec
 from kvq_runtime.page_pool import PagePool
 from kvq_runtime.row_pages import PooledPages
@@ -89,6 +89,8 @@ class PackedLayer(CacheLayerMixin):
         self.capacity = capacity
         self.forward: Forward | None = None
         self.slots = 0
+        self.torn = False
+        self.known_codec: PageCodec | None = None
         self.rows: list[Row] = []
         self._readings: list[_Reading] = []
 
@@ -128,17 +130,19 @@ class PackedLayer(CacheLayerMixin):
         return -1 if self.capacity is None else self.capacity
 
     def reset(self) -> None:
-        """Forget all tokens; slabs stay allocated."""
-        self._drop_rows(self.rows)
+        """Forget all tokens; slabs stay allocated. Mends what a failed forward left."""
+        if self.is_initialized:
+            self.pool.clear()
         self.rows = [Row() for _ in self.rows]
         self.slots = 0
+        self.torn = False
         self._readings = []
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` slots of every row; a count > 0 is what to keep.
 
         A page that is cut keeps its codes and gets a smaller length: decoded numbers are never
-        encoded again.
+        encoded again. It takes a whole page of memory from then on, however few tokens are left.
         """
         kept = tokens_to_remove if tokens_to_remove > 0 else self.slots + tokens_to_remove
         kept = max(0, kept)
@@ -178,13 +182,15 @@ class PackedLayer(CacheLayerMixin):
 
     def allocate(self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str) -> None:
         """Allocate for ``batch_size`` rows; on the ``meta`` device only to count bytes."""
+        self.batch_size = batch_size
         self.dtype, self.device = dtype, torch.device(device)
         if self.device.type != "meta":
             self.codec = self.codec.to(self.device)
         self.pool = PagePool(self.codec, device=self.device)
         pages = self._pages_at_capacity()
         self.pool.reserve(batch_size * pages)
-        self.block_table = torch.zeros(batch_size, pages, dtype=torch.int32, device=device)
+        with lasting_tensors():
+            self.block_table = torch.zeros(batch_size, pages, dtype=torch.int32, device=device)
         self.exact = ExactBuffers(
             batch_size,
             self.codec.sink_tokens + self.window,
@@ -225,15 +231,12 @@ class PackedLayer(CacheLayerMixin):
             key_states, value_states: ``[B, H, T, D]``.
             forward: which tokens are attended, and their positions; without it all are, and
                 positions go on from the slots.
+
+        Raises CacheFullError beyond the capacity, KVQError for another number of rows. Where
+        anything else fails the layer is ``torn`` until it is reset.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         B, _, T, _ = key_states.shape
-        if len(self.rows) != B:
-            raise KVQError(
-                f"the cache holds {len(self.rows)} rows and got {B}.",
-                hint="start with a new cache, or call cache.reset()",
-            )
+        self._make_room(B, key_states)
         if self.capacity is not None and self.slots + T > self.capacity:
             raise CacheFullError(
                 f"the cache has room for {self.capacity:,} tokens a row; {self.slots:,} are used "
@@ -242,21 +245,45 @@ class PackedLayer(CacheLayerMixin):
             )
         if forward is None:
             forward = Forward.consecutive(self.slots, B, T, device=self.device)
+        forward = forward.on(self.device)
         # Freed before anything is written: the tokens of the last forward may be large.
         self._readings = []
-        self._readings = [
-            self._append_row(place, Tokens(*fed), forward)
-            for place, fed in enumerate(
-                zip(key_states, value_states, forward.positions, strict=True)
-            )
-        ]
+        self.torn = True
+        with plain_arithmetic(self.device):
+            self._readings = [
+                self._append_row(place, Tokens(*fed), forward)
+                for place, fed in enumerate(
+                    zip(key_states.detach(), value_states.detach(), forward.positions, strict=True)
+                )
+            ]
         self.slots += T
+        self.torn = False
+
+    def _make_room(self, B: int, like: Tensor) -> None:
+        """Allocate for B rows where nothing is held yet; refuse another number where it is."""
+        if not self.is_initialized or (
+            len(self.rows) != B and self.slots == 0 and self.capacity is None
+        ):
+            self.allocate(B, dtype=like.dtype, device=like.device)
+        if len(self.rows) == B:
+            return
+        hint = "start with a new cache, or call cache.reset()"
+        if self.capacity is not None:
+            hint = f"PackedCache(..., batch_size={B}): rows of a batch and of beams count"
+        raise KVQError(f"the cache holds {len(self.rows)} rows and got {B}.", hint=hint)
 
     def attend(self, query: Tensor, options: AttentionOptions, *, rule: Rule) -> Tensor:
         """Attention of the queries of the last update, ``[B, T, HQ, D]``, in f32 or f64.
 
         ``query`` is ``[B, HQ, T, D]``, rotated, in rotary channel order. Padding gives 0.
         """
+        try:
+            with plain_arithmetic(self.device):
+                return self._attend(query.detach(), options, rule=rule)
+        finally:
+            self.end_reading()
+
+    def _attend(self, query: Tensor, options: AttentionOptions, *, rule: Rule) -> Tensor:
         B, HQ, T, D = query.shape
         dtype = torch.promote_types(query.dtype, torch.float32)
         output = query.new_zeros(B, T, HQ, D, dtype=dtype)
@@ -282,7 +309,6 @@ class PackedLayer(CacheLayerMixin):
                 options=options,
                 exact_prefill=rule == "exact-prefill" and T > 1,
             )
-        self.end_reading()
         return output
 
     def end_reading(self) -> None:
@@ -347,7 +373,8 @@ class PackedLayer(CacheLayerMixin):
         count, room = len(row.pages), self.block_table.shape[1]
         if count > room:
             more = max(count, 2 * room) - room
-            self.block_table = torch.nn.functional.pad(self.block_table, (0, more))
+            with lasting_tensors():
+                self.block_table = torch.nn.functional.pad(self.block_table, (0, more))
         entries = [
             page + ((PAGE_TOKENS - length) << CUT_SHIFT)
             for page, length in zip(row.pages[first:], row.lengths[first:], strict=True)
@@ -370,38 +397,7 @@ class PackedLayer(CacheLayerMixin):
         self.rows = chosen
         order = torch.tensor(indices, dtype=torch.int64, device=self.device)
         self.exact.select(order)
-        self.block_table = self.block_table.index_select(0, order)
+        with lasting_tensors():
+            self.block_table = self.block_table.index_select(0, order)
+        self.batch_size = len(chosen)
         self._readings = []
-
-
-def scratch_bytes(
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    window: int,
-    tokens: int,
-    context: int,
-    itemsize: int,
-) -> int:
-    """Bytes that a layer holds at its worst moment while ``tokens`` more tokens go through it.
-
-    Either pages are packed, or attention runs; meanwhile the new tokens lie behind the tail of
-    ``window`` tokens: as they are, in numbers of ``itemsize`` bytes, and their keys rotated in f32.
-    One row of at most ``context`` tokens at a time.
-    """
-    H, D = num_kv_heads, head_dim
-    exact = min(context, tokens + window if tokens > 1 else window)
-    held = exact * H * D * (2 * itemsize if tokens > 1 else 0)
-    page = 4 * H * PAGE_TOKENS * D
-    most = min(context, tokens + window) // PAGE_TOKENS
-    packing = min(max(1, ENCODED_BLOCK_BYTES // page), most) * page * ENCODING_COPIES
-    attending = 4 * exact * H * D + attention.scratch_bytes(
-        num_heads=num_heads,
-        num_kv_heads=H,
-        head_dim=D,
-        tokens=tokens,
-        coded_pages=context // PAGE_TOKENS,
-        exact_tokens=min(exact, attention.QUERY_BLOCK + window),
-    )
-    return held + max(packing, attending)

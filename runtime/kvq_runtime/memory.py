@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvq_formats.config import PAGE_TOKENS
+from kvq_formats.config import LARGEST_CONTEXT, PAGE_TOKENS
 from kvq_formats.errors import ConfigError
 from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.sidecar import Sidecar
@@ -26,9 +26,6 @@ from kvq_runtime.supported_models import quantized_layers, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-LARGEST_CONTEXT = 2**31 - 1
-"""Positions are stored in int32."""
 
 
 @dataclass(frozen=True)

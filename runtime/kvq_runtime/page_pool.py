@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvq_formats.config import PAGE_TOKENS
+from kvq_runtime.modes import lasting_tensors
 from kvq_runtime.page_codec import PageCodec
 
 SMALLEST_SLAB = 8
@@ -126,9 +127,16 @@ class PagePool:
                 for stored in (slab.key, slab.value)
             )
 
+    def clear(self) -> None:
+        """Free every page, whoever uses it; slabs stay allocated."""
+        self._users = [0] * len(self._users)
+        self._free = list(range(len(self._users)))
+        self.irregular.clear()
+
     def _add_slab(self, count: int) -> None:
         first = self.num_pages
-        key, value = self.codec.allocate(count, device=self.device)
+        with lasting_tensors():
+            key, value = self.codec.allocate(count, device=self.device)
         self.slabs.append(Slab(first, count, key, value))
         self._users += [0] * count
         # Ids grow, so that appending them keeps the heap a heap.

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.fingerprint import Fingerprint
-from kvq_runtime import layer
+from kvq_kernels import attention
+from kvq_runtime.layer import ENCODED_BLOCK_BYTES, ENCODING_COPIES
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,7 @@ def _attention_bytes(
     HQ, H, D = shape.num_attention_heads, shape.num_kv_heads, shape.head_dim
     # Queries, keys and values as projected, cosines and sines, and the f32 output.
     projected = rows * T * D * ((HQ + 2 * H) * item + (HQ + 2) * F32)
-    return projected + layer.scratch_bytes(
+    return projected + layer_scratch_bytes(
         num_heads=HQ,
         num_kv_heads=H,
         head_dim=D,
@@ -69,6 +70,39 @@ def _attention_bytes(
         context=context,
         itemsize=item,
     )
+
+
+def layer_scratch_bytes(
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+    tokens: int,
+    context: int,
+    itemsize: int,
+) -> int:
+    """Bytes that a layer holds at its worst moment while ``tokens`` more tokens go through it.
+
+    Either pages are packed, or attention runs; meanwhile the new tokens lie behind the tail of
+    ``window`` tokens: as they are, in numbers of ``itemsize`` bytes, and their keys rotated in f32.
+    One row of at most ``context`` tokens at a time.
+    """
+    H, D = num_kv_heads, head_dim
+    exact = min(context, tokens + window if tokens > 1 else window)
+    held = exact * H * D * (2 * itemsize if tokens > 1 else 0)
+    page = 4 * H * PAGE_TOKENS * D
+    most = min(context, tokens + window) // PAGE_TOKENS
+    packing = min(max(1, ENCODED_BLOCK_BYTES // page), most) * page * ENCODING_COPIES
+    attending = 4 * exact * H * D + attention.scratch_bytes(
+        num_heads=num_heads,
+        num_kv_heads=H,
+        head_dim=D,
+        tokens=tokens,
+        coded_pages=context // PAGE_TOKENS,
+        exact_tokens=min(exact, attention.QUERY_BLOCK + window),
+    )
+    return held + max(packing, attending)
 
 
 def _mlp_width(facts: Mapping[str, Any], hidden: int) -> int:

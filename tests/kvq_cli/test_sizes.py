@@ -5,13 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvq_cli.sizes import (
-    LARGEST_TOKENS,
     context_for,
     context_within,
     parse_tokens,
     show_bytes,
     show_tokens,
 )
+from kvq_formats.config import LARGEST_CONTEXT
 from kvq_formats.errors import ConfigError
 
 
@@ -26,7 +26,7 @@ from kvq_formats.errors import ConfigError
         ("1M", 1024**2),
         ("10m", 10 * 1024**2),
         (" 8k ", 8192),
-        ("2147483647", LARGEST_TOKENS),
+        ("2147483647", LARGEST_CONTEXT),
         ("2047M", 2047 * 1024**2),
     ],
 )
@@ -47,12 +47,12 @@ def test_everything_else_names_the_accepted_forms(text: str) -> None:
     assert caught.value.exit_code == 2
 
 
-@given(st.integers(1, LARGEST_TOKENS))
+@given(st.integers(1, LARGEST_CONTEXT))
 def test_what_is_shown_can_be_given(tokens: int) -> None:
     assert parse_tokens(show_tokens(tokens), flag="--context") == tokens
 
 
-@given(st.integers(1, LARGEST_TOKENS - 1024))
+@given(st.integers(1, LARGEST_CONTEXT - 1024))
 def test_contexts_that_are_offered_are_on_the_right_side(tokens: int) -> None:
     longer = parse_tokens(context_for(tokens), flag="--context")
     assert tokens <= longer < tokens + 1024

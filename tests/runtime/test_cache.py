@@ -200,3 +200,108 @@ def test_operations_of_caches_go_to_every_layer() -> None:
         assert again.past_key_values is cache
     assert twice.isfinite().all()
     assert isinstance(cache, Cache)
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_between_layers_is_noticed_and_mended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, text = make_tiny_llama(), ids(302)
+    with attach(model, make_sidecar(3)):
+        cache = PackedCache(model, make_sidecar(3), capacity=400)
+        model(text[:, :300], past_key_values=cache)
+
+        def interrupted(*_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[0].mlp, "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model(text[:, 300:301], past_key_values=cache)
+        with pytest.raises(KVQError, match="between the layers") as caught:
+            model(text[:, 300:301], past_key_values=cache)
+        assert "cache.crop(300)" in str(caught.value.hint)
+        cache.crop(300)
+        mended = model(text[:, 300:301], past_key_values=cache).logits
+        cache.reset()
+        model(text[:, :300], past_key_values=cache)
+        assert torch.equal(model(text[:, 300:301], past_key_values=cache).logits, mended)
+
+
+@torch.no_grad()
+def test_a_page_that_fails_leaves_a_torn_cache_and_nothing_exact(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, text = make_tiny_llama(), ids(600)
+    with attach(model, make_sidecar(3)):
+        cache = PackedCache(model, make_sidecar(3), capacity=601)
+        expected = model(text, past_key_values=cache).logits
+        cache.reset()
+        model(text[:, :200], past_key_values=cache)
+
+        def full(*_: Any, **__: Any) -> Any:
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr("kvq_formats.pages.encode_values", full)
+            with pytest.raises(MemoryError):
+                model(text[:, 200:], past_key_values=cache)
+        with pytest.raises(KVQError, match="not whole") as caught:
+            model(text[:, 200:201], past_key_values=cache)
+        assert "cache.reset()" in str(caught.value.hint)
+        assert all(layer._readings == [] for layer in packed_layers(cache))
+        cache.reset()
+        assert torch.equal(model(text, past_key_values=cache).logits, expected)
+    assert all(layer.pool.used_pages == 2 for layer in packed_layers(cache))
+
+
+@torch.no_grad()
+def test_another_batch_after_a_reset() -> None:
+    model = make_tiny_llama()
+    with attach(model, make_sidecar()):
+        cache = model(ids(300, 2)).past_key_values
+        assert cache.batch_size == 2
+        cache.reset()
+        model(ids(10, 3), past_key_values=cache)
+        assert (cache.batch_size, cache.tokens_held) == (3, [10, 10, 10])
+        fixed = PackedCache(model, make_sidecar(), capacity=400)
+        with pytest.raises(KVQError, match="holds 1 rows and got 3") as caught:
+            model.generate(ids(10), past_key_values=fixed, num_beams=3, max_new_tokens=2)
+    assert "batch_size=3" in str(caught.value.hint)
+
+
+@torch.no_grad()
+def test_a_cache_of_a_model_that_rotates_otherwise_is_refused() -> None:
+    model, other = make_tiny_llama(), make_tiny_llama()
+    other.model.rotary_emb.inv_freq.mul_(0.5)
+    with attach(other, make_sidecar()):
+        cache = other(ids()).past_key_values
+    with attach(model, make_sidecar()), pytest.raises(KVQError, match="another sidecar or model"):
+        model(ids(1), past_key_values=cache)
+
+
+def test_weights_of_one_byte_are_no_dtype_for_keys() -> None:
+    model = make_tiny_llama().to(torch.bfloat16)
+    for parameter in model.model.layers[0].self_attn.parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    cache = PackedCache(model, make_sidecar(), capacity=10)
+    assert {layer.exact.keys.dtype for layer in packed_layers(cache)} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_what_generate_sets_on_stock_layers_stays() -> None:
+    """Prompt lookup tells layers with a window to record what it may have to take back."""
+    options = {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16}
+    model = make_tiny_family("gemma2", max_position_embeddings=1024, **options)
+    text = ids(40).repeat(1, 3)
+    asked: dict[str, Any] = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "prompt_lookup_num_tokens": 4,
+    }
+    mask = torch.ones_like(text)
+    expected = model.generate(text, attention_mask=mask, **asked)
+    with attach(model, make_sidecar(model=model)):
+        # Shorter than a page: nothing is read from codes.
+        found = model.generate(text, attention_mask=mask, **asked)
+    assert torch.equal(found, expected)

@@ -48,3 +48,18 @@ def test_a_key_that_is_not_the_one_that_was_expected() -> None:
     forward.expect_key(key)
     with pytest.raises(UnsupportedModelError, match="between RoPE and the cache"):
         forward.check_key(key * 2)
+
+
+def test_layers_elsewhere_get_their_own_tensors() -> None:
+    """Weights may be spread over devices; the meta device stands for another one."""
+    here, there = torch.device("cpu"), torch.device("meta")
+    attended = torch.tensor([1, 2])
+    forward = Forward([None, attended], [[(0, 3)], [(1, 3)]], torch.zeros(2, 3, dtype=torch.int32))
+    assert forward.on(here) is forward
+    moved = forward.on(there)
+    assert moved is forward.on(there)
+    assert moved.positions.device == there
+    assert moved.attended[0] is None
+    assert moved.attended[1] is not None
+    assert moved.attended[1].device == there
+    assert moved.runs == forward.runs

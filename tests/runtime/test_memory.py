@@ -9,12 +9,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
-from kvq_formats.config import PAGE_TOKENS
+from kvq_formats.config import LARGEST_CONTEXT, PAGE_TOKENS
 from kvq_formats.errors import ConfigError, SidecarError
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.attach import attach
 from kvq_runtime.cache import PackedCache
-from kvq_runtime.memory import LARGEST_CONTEXT, MemoryPlan, plan_memory
+from kvq_runtime.memory import MemoryPlan, plan_memory
 from tiny_models import make_tiny_llama
 from tiny_sidecars import make_sidecar
 

@@ -392,6 +392,19 @@ def test_padding_cannot_change_afterwards() -> None:
         assert cache.tokens_held == [18, 21]
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+@torch.no_grad()
+def test_a_padded_batch_without_positions(padding: int) -> None:
+    """The model counts slots then: the keys of a padded row lie further on, and so do queries."""
+    model = make_tiny_llama()
+    ids, mask, _ = batch(20, padding)
+    stock = model(ids, attention_mask=mask).logits
+    with attach(model, make_sidecar()):
+        found = model(ids, attention_mask=mask).logits
+    attended = mask.bool()
+    assert (found - stock)[attended].abs().max() <= 64 * EPS * stock[attended].abs().max()
+
+
 @torch.no_grad()
 def test_another_batch_on_the_same_cache_is_refused() -> None:
     model = make_tiny_llama()
