@@ -80,7 +80,7 @@ def test_a_band_keeps_the_newest_tokens_exact(model: LlamaForCausalLM, ids: Tens
     band = 8
     with attach_codec(model, Codec(scale=0.0, sink_tokens=0, recent_tokens=band)):
         banded = logits(model, ids)
-    # Two layers of fp32 sums over at most 64 numbers each, in another order.
+    # fp32 sums over at most 64 numbers in another order, four in a row in each of two layers.
     bound = 64 * EPS * stock.abs().max() * 8
     # The first `band` queries see nothing that is older than the band.
     assert (banded[:, :band] - stock[:, :band]).abs().max() <= bound
@@ -101,6 +101,7 @@ def test_padding_changes_nothing_for_a_row(
     with torch.no_grad(), attach_codec(model, codec):
         batch = model(ids, attention_mask=mask, position_ids=positions).logits
         alone = model(ids[:1, padding:]).logits
+    # As above.
     bound = 64 * EPS * alone.abs().max() * 8
     assert (batch[0, padding:] - alone[0]).abs().max() <= bound
     # Padding and sinks are shown to no codec.
