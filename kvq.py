@@ -6,8 +6,7 @@ sidecar = kvq.calibrate("Qwen/Qwen3-0.6B", bits=3)              # kvq calibrate
 sidecar.save("./q")
 kvq.evaluate(model, ["./q"], tokens=tokens)                     # kvq eval
 print(kvq.plan_memory(model, "./q", context=131072).total)      # kvq generate's plan
-with kvq.attach(model, "./q"):                                  # run on a packed cache
-output = model.generate(**inputs, max_new_tokens=200)       # kvq generate
+with kvq.attach(model, "./q"): model.generate(**inputs)         # kvq generate
 """
 
 from __future__ import annotations

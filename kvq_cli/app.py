@@ -78,7 +78,7 @@ def root(
 
 app.command("calibrate", epilog="Docs: docs/cli.md · Next: kvq inspect, kvq eval")(calibrate)
 app.command("inspect", epilog="Docs: docs/cli.md · See also: kvq eval")(inspect)
-app.command("eval", epilog="Docs: docs/cli.md · See also: kvq calibrate")(evaluate)
+app.command("eval", epilog="Docs: docs/cli.md · Next: kvq generate")(evaluate)
 app.command("generate", epilog="Docs: docs/cli.md · See also: kvq calibrate, kvq eval")(generate)
 app.command("demo", epilog="Docs: docs/quickstart.md · Next: kvq calibrate")(demo)
 app.command("env", epilog="Docs: docs/troubleshooting.md · See also: kvq --version")(env)

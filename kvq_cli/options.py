@@ -83,6 +83,14 @@ def option(
     )
 
 
+def overruled(context: typer.Context, name: str, *, by: str) -> bool:
+    """Whether ``name`` comes from the environment and ``by``, its rival, from the command line."""
+    mine, rival = (context.get_parameter_source(parameter) for parameter in (name, by))
+    if mine is None or rival is None:
+        return False
+    return (mine.name, rival.name) == ("ENVIRONMENT", "COMMANDLINE")
+
+
 def model_argument(*, help: str) -> Any:
     """Declare the positional MODEL."""
     return typer.Argument(

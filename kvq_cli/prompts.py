@@ -43,6 +43,8 @@ def read_prompt(output: Output, text: str | None, file: Path | None) -> Prompt:
     if text == STDIN or (text is None and file is None and stdin_is_piped()):
         return _filled(_stdin(output), source="stdin", name="stdin")
     if text is not None:
+        # Bytes that are no UTF-8 come from the shell as halves of characters.
+        _decoded(os.fsencode(text), name="-p")
         return _filled(text, source="option", name="-p")
     if file is not None:
         return _filled(_file(file.expanduser()), source="file", name=str(file))

@@ -231,4 +231,4 @@ def evaluate(
     output.result(payload, *tables(measured))
     output.note(f"raw results are in {saved}")
     raise_missed(gates)
-    output.next(shlex.join(["kvq", "inspect", given[0]]))
+    output.next(shlex.join(["kvq", "generate", "--sidecar", given[0]]))

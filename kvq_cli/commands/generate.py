@@ -26,6 +26,7 @@ from kvq_cli.options import (
     chosen_model,
     model_argument,
     option,
+    overruled,
 )
 from kvq_cli.output import Output
 from kvq_formats.errors import ConfigError
@@ -174,6 +175,14 @@ def generate(
     from kvq_cli.sizes import parse_tokens
     from kvq_runtime.sampling import Sampling
 
+    if overruled(context, "prompt", by="prompt_file"):
+        prompt = None
+    if overruled(context, "prompt_file", by="prompt"):
+        prompt_file = None
+    if overruled(context, "prefill_chunk", by="exact_prefill"):
+        prefill_chunk = None
+    if overruled(context, "exact_prefill", by="prefill_chunk"):
+        exact_prefill = False
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
     asked_context = None if size is None else parse_tokens(size, flag="--context")
     if exact_prefill and prefill_chunk is not None:
@@ -183,6 +192,7 @@ def generate(
         )
     # Before the libraries are imported, which takes seconds.
     given = read_prompt(output, prompt, prompt_file)
+    named = one_sidecar(output, sidecar)
 
     from kvq_formats.fingerprint import check
     from kvq_formats.sidecar import Sidecar
@@ -198,7 +208,6 @@ def generate(
     )
     from kvq_runtime.sidecars import find_sidecar
 
-    named = one_sidecar(output, sidecar)
     path = find_sidecar(named)
     made = Sidecar.load(path)
     name = chosen_model(model, model_alias)

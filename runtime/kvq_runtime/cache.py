@@ -59,6 +59,10 @@ class PackedCache(Cache):
             raise ConfigError(
                 f"capacity is {capacity}, expected at least 1 token.", hint="capacity=4096"
             )
+        if batch_size < 1:
+            raise ConfigError(
+                f"batch_size is {batch_size}, expected at least 1 row.", hint="batch_size=1"
+            )
         codecs = page_codecs(model, fitting_sidecar(model, sidecar))
         super().__init__(layers=cache_layers(model.config, codecs, capacity=capacity))
         if capacity is not None:
@@ -66,10 +70,26 @@ class PackedCache(Cache):
                 device, dtype = layer_placement(model, self.layers.index(layer))
                 layer.allocate(batch_size, dtype=dtype, device=device)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` slots of every row; a count > 0 is what to keep.
+
+        Where layers differ, because a forward failed between them, a count to keep makes them
+        equal. Layers with a window have transformers' own limits.
+        """
+        for layer in self.layers:
+            kept = tokens_to_remove
+            # Stock layers take negative counts only.
+            count = min(0, kept - layer.get_seq_length()) if kept > 0 else kept
+            if count:
+                layer.crop(count)
+
     @property
     def tokens_held(self) -> list[int]:
-        """Attended tokens of each row."""
-        return [row.tokens for row in next(packed_layers(self)).rows]
+        """Attended tokens of each row that every layer holds."""
+        return [
+            min(row.tokens for row in rows)
+            for rows in zip(*(layer.rows for layer in packed_layers(self)), strict=True)
+        ]
 
     @property
     def allocated_bytes(self) -> int:
@@ -155,9 +175,10 @@ def adopt(cache: Cache | None, model: PreTrainedModel, codecs: Mapping[int, Page
         _check_whole(cache)
         return cache
     if type(cache) is not DynamicCache or cache.offloading:
+        offloading = " with offloading" if getattr(cache, "offloading", False) else ""
         raise KVQError(
-            f"a {type(cache).__name__}{' with offloading' if cache.offloading else ''} was passed; "
-            "an attached model runs on a packed cache.",
+            f"a {type(cache).__name__}{offloading} was passed; an attached model runs on a packed "
+            "cache.",
             hint="leave past_key_values and cache_implementation out",
         )
     if cache.get_seq_length() > 0:
@@ -207,9 +228,8 @@ def _same(given: PageCodec | None, wanted: PageCodec | None) -> bool:
 
 def _check_whole(cache: Cache) -> None:
     """Refuse a cache that a failed forward left in the middle."""
-    layers = list(packed_layers(cache))
-    slots = {layer.slots for layer in layers}
-    if any(layer.torn for layer in layers):
+    slots = {layer.get_seq_length() for layer in cache.layers}
+    if any(layer.torn for layer in packed_layers(cache)):
         raise KVQError(
             "a forward failed while this cache was written to; what it holds is not whole.",
             hint="cache.reset(), or a new cache",
@@ -218,7 +238,7 @@ def _check_whole(cache: Cache) -> None:
         raise KVQError(
             f"a forward failed between the layers of this cache: some hold {min(slots):,} tokens "
             f"a row, some {max(slots):,}.",
-            hint=f"cache.crop({min(slots)}), cache.reset(), or a new cache",
+            hint=f"cache.crop({min(slots)}), or a new cache",
         )
 
 

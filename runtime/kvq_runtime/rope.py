@@ -7,16 +7,23 @@ and queries before RoPE and decides what goes on, and sees what attention is abo
 It works the same for separate and fused projections and with or without k-norm, because it takes
 the arguments of calls and not the outputs of named submodules. On exit the model is the stock model
 again.
+
+Models may be tapped at once and left in any order, and each may run in a thread of its own. What
+they share is the rotary function of their modeling file: the first replaces it, the last puts it
+back, and meanwhile each call goes to the tap of the model whose layer makes it.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -84,6 +91,10 @@ class AttentionTap:
         Returns arguments to replace, if any.
         """
 
+    def on_output(self, output: Any) -> Any:
+        """Return what the decoder returns in place of ``output``."""
+        return output
+
     def on_positions(self, position_ids: Tensor) -> None:
         """Called as the model asks for the rotation of positions, i64 ``[B or 1, T]``."""
 
@@ -125,54 +136,112 @@ def layer_index(attention: nn.Module) -> int:
 
 
 @dataclass
-class _Progress:
-    """Where a tapped forward is.
+class _Layer:
+    """An attention layer of a tapped model that is running.
 
     Fields:
-        layer_idx: layer whose attention module runs, None between them.
+        layer_idx: index of the layer.
         rotated: (H, D) of the keys that the layer rotated, None if it has not.
     """
 
-    layer_idx: int | None = None
+    layer_idx: int
     rotated: tuple[int, int] | None = None
 
 
-def _wrap_rotary(rotary: Callable[..., Any], tap: AttentionTap, progress: _Progress) -> Any:
-    def tapped_rotary(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+class _RunningLayers(threading.local):
+    """The layers that run in this thread, the innermost last, by the number of their tap.
+
+    Numbers and not taps: what an interrupted forward leaves here keeps no model alive.
+    """
+
+    def __init__(self) -> None:
+        self.of: dict[int, _Layer] = {}
+
+
+_running = _RunningLayers()
+
+
+class _RotaryPatch:
+    """Stands in for the rotary function of one modeling file while models of it are tapped."""
+
+    def __init__(self, file: ModuleType) -> None:
+        self.file = file
+        self.taps: dict[int, AttentionTap] = {}
+        self.stock: Callable[..., tuple[Tensor, Tensor]] = getattr(file, ROTARY_FUNCTION)
+
+        # With the signature of the stock function: whoever attaches next inspects it.
+        @functools.wraps(self.stock)
+        def tapped_rotary(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            return self.rotate(*args, **kwargs)
+
+        self.function = tapped_rotary
+
+    def install(self) -> None:
+        """Replace the stock function."""
+        setattr(self.file, ROTARY_FUNCTION, self.function)
+
+    def restore(self) -> None:
+        """Put the stock function back, unless somebody else has put theirs on top meanwhile."""
+        if getattr(self.file, ROTARY_FUNCTION, None) is self.function:
+            setattr(self.file, ROTARY_FUNCTION, self.stock)
+
+    def rotate(self, q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Ask the tap of the model whose layer calls."""
+        number = self.running()
         # The function is shared by all models of the file; those that are not tapped pass by.
-        if progress.layer_idx is None:
-            return rotary(q, k, *args, **kwargs)
-        progress.rotated = (k.shape[1], k.shape[-1])
+        if number is None or (tap := self.taps.get(number)) is None:
+            return self.stock(q, k, *args, **kwargs)
+        layer = _running.of[number]
+        layer.rotated = (k.shape[1], k.shape[-1])
         call = RotaryCall(
-            layer_idx=progress.layer_idx,
+            layer_idx=layer.layer_idx,
             query=q,
             key=k,
-            rotate=lambda query, key: rotary(query, key, *args, **kwargs),
+            rotate=lambda query, key: self.stock(query, key, *args, **kwargs),
         )
         return tap.on_rotary(call)
 
-    return tapped_rotary
+    def running(self) -> int | None:
+        """Number of the tap whose model runs in this thread, the innermost; None if there is none.
+
+        One that has been left does not count: a forward may have been interrupted in a layer.
+        """
+        return next((number for number in reversed(_running.of) if number in self.taps), None)
+
+
+_patches: dict[ModuleType, _RotaryPatch] = {}
+"""The modeling files of which models are tapped now."""
+
+# Models are attached in any thread; re-entrant, for a collected attachment is left wherever the
+# collector happens to run.
+_patching = threading.RLock()
 
 
 @contextmanager
-def _rotary_tapped(file: Any, tap: AttentionTap, progress: _Progress) -> Iterator[None]:
-    """Replace the rotary function of one modeling file."""
-    original = getattr(file, ROTARY_FUNCTION)
-    setattr(file, ROTARY_FUNCTION, _wrap_rotary(original, tap, progress))
+def _rotary_tapped(file: ModuleType, number: int, tap: AttentionTap) -> Iterator[None]:
+    """Let ``tap`` have the rotary calls of one modeling file that its own model makes."""
+    with _patching:
+        if file not in _patches:
+            _patches[file] = _RotaryPatch(file)
+            _patches[file].install()
+        patch = _patches[file]
+        patch.taps[number] = tap
     try:
         yield
     finally:
-        setattr(file, ROTARY_FUNCTION, original)
+        with _patching:
+            del patch.taps[number]
+            if not patch.taps:
+                del _patches[file]
+                patch.restore()
 
 
 @contextmanager
-def _attention_tapped(
-    model: PreTrainedModel, tap: AttentionTap, progress: _Progress
-) -> Iterator[None]:
+def _attention_tapped(model: PreTrainedModel, number: int, tap: AttentionTap) -> Iterator[None]:
     """Register an attention implementation that asks the tap, and switch the model to it."""
     original = model.config._attn_implementation
     # A name of its own: the registry is global, and another model may be tapped meanwhile.
-    name = f"{PREFIX}{next(_tap_numbers)}_{original}"
+    name = f"{PREFIX}{number}_{original}"
 
     def tapped_attention(
         module: nn.Module,
@@ -183,16 +252,18 @@ def _attention_tapped(
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         attended = (key.shape[1], key.shape[-1])
-        if progress.rotated not in (None, attended):
+        layer = _running.of.get(number)
+        rotated = None if layer is None else layer.rotated
+        if rotated not in (None, attended):
             raise UnsupportedModelError(
-                f"{type(model).__name__} rotates keys of (heads, channels) {progress.rotated} and "
+                f"{type(model).__name__} rotates keys of (heads, channels) {rotated} and "
                 f"attends over {attended}; keys of which a part bypasses RoPE are not supported."
             )
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
         call = AttentionCall(
             layer_idx=layer_index(module),
-            rotated=progress.rotated is not None,
+            rotated=rotated is not None,
             query=query,
             key=key,
             value=value,
@@ -215,16 +286,106 @@ def _attention_tapped(
 
 
 @contextmanager
-def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
-    """Let ``tap`` see every attention layer of ``model`` while the context is open.
+def _layers_followed(modules: Collection[nn.Module], number: int) -> Iterator[None]:
+    """Know which attention layer runs, in each thread."""
 
-    Raises:
-        UnsupportedModelError: no attention module was found, its modeling file has no rotary
-            function of queries and keys, or the model does not use transformers' attention
-            interface. A forward raises it where keys are rotated in part.
-        KVQError: the model is tapped already.
+    def enter(module: nn.Module, _args: Any) -> None:
+        # Out first: what an interrupted forward left there is not the innermost any more.
+        _running.of.pop(number, None)
+        _running.of[number] = _Layer(layer_index(module))
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        _running.of.pop(number, None)
+
+    with ExitStack() as stack:
+        stack.callback(_running.of.pop, number, None)
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+class _Turn:
+    """Whose turn a tapped decoder is: a tap follows one forward, so one thread runs it."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self._decoder = decoder
+        self._thread: int | None = None
+        self._taking = threading.Lock()
+
+    def take(self) -> None:
+        """A forward begins in this thread.
+
+        Raises KVQError while another thread runs one.
+        """
+        me = threading.get_ident()
+        with self._taking:
+            owner = self._thread
+            if owner is not None and owner != me and _runs(owner, self._decoder):
+                raise KVQError(
+                    "one forward at a time: an attached model serves one thread.",
+                    hint="a lock around the model, or a model for each thread",
+                )
+            self._thread = me
+
+    def give_back(self) -> None:
+        """A forward has ended in this thread, or was refused to it."""
+        with self._taking:
+            if self._thread == threading.get_ident():
+                self._thread = None
+
+
+def _runs(thread: int, module: nn.Module) -> bool:
+    """Whether a thread is inside a call of ``module``.
+
+    Its stack says so; hooks do not, for after Ctrl-C torch runs none.
     """
-    modules = attention_modules(model)
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def _forwards_followed(decoder: nn.Module, tap: AttentionTap) -> Iterator[None]:
+    """Tell the tap of each forward of the decoder, one at a time, and of its positions."""
+    turn = _Turn(decoder)
+    signature = inspect.signature(decoder.forward)
+    rest = next(
+        (p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "kwargs"
+    )
+
+    def enter(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        turn.take()
+        # By name, all of them: what wraps a forward looks for its options among the keywords.
+        named = dict(signature.bind_partial(*args, **kwargs).arguments)
+        named |= named.pop(rest, {})
+        replaced = tap.on_forward(named)
+        return None if replaced is None else ((), {**named, **replaced})
+
+    def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
+        turn.give_back()
+        # None where the forward failed.
+        return None if output is None else tap.on_output(output)
+
+    def enter_rotary(module: nn.Module, args: Any, kwargs: Any) -> None:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+        if (position_ids := bound.arguments.get("position_ids")) is not None:
+            tap.on_positions(position_ids)
+
+    with ExitStack() as stack:
+        stack.callback(decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(decoder.register_forward_hook(leave, always_call=True).remove)
+        for rotary in rotary_modules(decoder):
+            hook = rotary.register_forward_pre_hook(enter_rotary, with_kwargs=True)
+            stack.callback(hook.remove)
+        yield
+
+
+def _check_can_be_tapped(model: PreTrainedModel, modules: Collection[nn.Module]) -> None:
+    """Raise as ``tap_attention`` does, but for what its files lack."""
     name = type(model).__name__
     if not modules:
         raise UnsupportedModelError(f"{name} has no attention layers that kvq understands.")
@@ -239,7 +400,15 @@ def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
             f"kvq is attached to this {name} already.",
             hint="leave the first `with kvq.attach(...)` before you enter another",
         )
-    files = {sys.modules[type(module).__module__] for module in modules.values()}
+
+
+def _rotary_files(model: PreTrainedModel, modules: Collection[nn.Module]) -> set[ModuleType]:
+    """The modeling files of the attention modules.
+
+    Raises UnsupportedModelError where one has no rotary function of queries and keys.
+    """
+    name = type(model).__name__
+    files = {sys.modules[type(module).__module__] for module in modules}
     for file in files:
         if not hasattr(file, ROTARY_FUNCTION):
             raise UnsupportedModelError(
@@ -251,41 +420,29 @@ def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
                 f"{name} rotates its keys in a way that kvq does not know: {ROTARY_FUNCTION} of "
                 f"{file.__name__} does not take queries and keys together."
             )
+    return files
 
-    progress = _Progress()
-    decoder = model.base_model
-    signature = inspect.signature(decoder.forward)
-    rest = next(
-        (p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "kwargs"
-    )
 
-    def enter_layer(module: nn.Module, _args: Any) -> None:
-        progress.layer_idx, progress.rotated = layer_index(module), None
+@contextmanager
+def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
+    """Let ``tap`` see every attention layer of ``model`` while the context is open.
 
-    def leave_layer(_module: nn.Module, _args: Any, _output: Any) -> None:
-        progress.layer_idx = None
+    Several models may be tapped at once, of one modeling file too, and left in any order.
 
-    def enter_forward(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        # By name, all of them: what wraps a forward looks for its options among the keywords.
-        named = dict(signature.bind_partial(*args, **kwargs).arguments)
-        named |= named.pop(rest, {})
-        replaced = tap.on_forward(named)
-        return None if replaced is None else ((), {**named, **replaced})
-
-    def enter_rotary(module: nn.Module, args: Any, kwargs: Any) -> None:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
-        if (position_ids := bound.arguments.get("position_ids")) is not None:
-            tap.on_positions(position_ids)
-
+    Raises:
+        UnsupportedModelError: no attention module was found, its modeling file has no rotary
+            function of queries and keys, or the model does not use transformers' attention
+            interface. A forward raises it where keys are rotated in part.
+        KVQError: the model is tapped already. A forward raises it while another thread runs one.
+    """
+    modules = attention_modules(model).values()
+    _check_can_be_tapped(model, modules)
+    files = _rotary_files(model, modules)
+    number = next(_tap_numbers)
     with ExitStack() as stack:
-        for module in modules.values():
-            stack.callback(module.register_forward_pre_hook(enter_layer).remove)
-            stack.callback(module.register_forward_hook(leave_layer, always_call=True).remove)
-        stack.callback(decoder.register_forward_pre_hook(enter_forward, with_kwargs=True).remove)
-        for rotary in rotary_modules(decoder):
-            hook = rotary.register_forward_pre_hook(enter_rotary, with_kwargs=True)
-            stack.callback(hook.remove)
+        stack.enter_context(_layers_followed(modules, number))
+        stack.enter_context(_forwards_followed(model.base_model, tap))
         for file in files:
-            stack.enter_context(_rotary_tapped(file, tap, progress))
-        stack.enter_context(_attention_tapped(model, tap, progress))
+            stack.enter_context(_rotary_tapped(file, number, tap))
+        stack.enter_context(_attention_tapped(model, number, tap))
         yield

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import causal_mask_function
+from transformers.utils import ModelOutput
 
 from kvq_formats.errors import KVQError, UnsupportedModelError
 from kvq_kernels.attention import AttentionOptions
@@ -70,6 +71,7 @@ class RuntimeTap(AttentionTap):
         self.shape = (0, 0)
         self.stock: dict[int, tuple[Tensor, Tensor]] = {}
         self.stock_prefill = False
+        self.keeps_cache = True
         self.orders: dict[int, Tensor | slice] = {}
 
     def close(self) -> None:
@@ -96,6 +98,10 @@ class RuntimeTap(AttentionTap):
         if inputs is None:
             raise KVQError("a forward without input_ids or inputs_embeds.")
         self.close()
+        wanted = arguments.get("use_cache")
+        if wanted is None:
+            wanted = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
+        self.keeps_cache = bool(wanted) or arguments.get("past_key_values") is not None
         # Weakly: who drops a cache gets its memory back, and not only at the next forward.
         self.cache, self.shape = weakref.ref(cache), (inputs.shape[0], inputs.shape[1])
         slots = cache.get_seq_length()
@@ -104,6 +110,15 @@ class RuntimeTap(AttentionTap):
         self.stock.clear()
         self.stock_prefill = self.rule == "exact-prefill" and slots == 0
         return {"past_key_values": cache}
+
+    def on_output(self, output: Any) -> Any:
+        """Keep a cache that nobody asked for to this forward, which could not do without."""
+        if self.keeps_cache:
+            return output
+        if isinstance(output, ModelOutput):
+            kept = {name: value for name, value in output.items() if name != "past_key_values"}
+            return type(output)(**kept)
+        return tuple(value for value in output if not isinstance(value, Cache))
 
     def on_positions(self, position_ids: Tensor) -> None:
         """Make the forward known to the layers, which store positions."""

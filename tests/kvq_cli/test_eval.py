@@ -37,7 +37,7 @@ def test_the_current_sidecar_on_the_default_text(kvq: Kvq, sidecar: Path) -> Non
     assert f"using the current sidecar, {sidecar}" in ran.stderr
     assert "bundled text" in ran.stderr
     assert "no standard error" not in ran.stderr
-    assert ran.stderr.splitlines()[-1] == f"Next: kvq inspect {sidecar}"
+    assert ran.stderr.splitlines()[-1] == f"Next: kvq generate --sidecar {sidecar}"
 
 
 def test_json_and_raw_results(

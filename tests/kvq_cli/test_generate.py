@@ -562,3 +562,38 @@ def test_bars_are_gone_before_the_text_begins(
     order.clear()
     kvq("generate", *GIVEN, *FEW, "--prefill-chunk", 1)
     assert order[:4] == ["open", f"prefill {tokens}", "closed", "text"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "source"),
+    [
+        ({"KVQ_PROMPT": "from the environment"}, ("--prompt-file", "{file}"), "file"),
+        ({"KVQ_PROMPT_FILE": "{file}"}, ("-p", "from the command line"), "option"),
+        ({"KVQ_PREFILL_CHUNK": "64"}, ("--exact-prefill", *GIVEN), "option"),
+        ({"KVQ_EXACT_PREFILL": "1"}, ("--prefill-chunk", "64", *GIVEN), "option"),
+    ],
+)
+def test_the_command_line_overrules_the_environment(
+    kvq: Kvq,
+    current: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    arguments: tuple[str, ...],
+    source: str,
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("a prompt in a file")
+    for name, text in variables.items():
+        monkeypatch.setenv(name, text.format(file=file))
+    ran = kvq("generate", *(text.format(file=file) for text in arguments), *FEW, "--json")
+    assert ran.code == 0
+    assert ran.json["prompt_source"] == source
+    exact = "--exact-prefill" in arguments
+    assert ran.json["rule"] == ("exact-prefill" if exact else "runtime")
+
+
+def test_a_prompt_that_is_no_text(kvq: Kvq, current: Path, no_weights: None) -> None:
+    ran = kvq("generate", "-p", b"\xff\xfe".decode(errors="surrogateescape"), "--json")
+    assert ran.code == 1
+    assert "-p is not UTF-8 text" in error_of(ran)[0]

@@ -60,13 +60,24 @@ def test_a_cache_that_is_passed_becomes_a_packed_one(given: Any) -> None:
 
 
 @torch.no_grad()
-def test_pages_are_read_without_use_cache_too() -> None:
-    model, sidecar = make_tiny_llama(), make_sidecar(2)
-    stock = model(ids(600)).logits
-    with attach(model, sidecar):
-        out = model(ids(600), use_cache=False)
-        assert torch.equal(out.logits, model(ids(600)).logits)
-    assert (out.logits - stock)[:, 300:].abs().max() > 1e-2
+def test_without_use_cache_pages_are_read_and_no_cache_comes_back() -> None:
+    model, text = make_tiny_llama(), ids(600)
+    stock = model(text).logits
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    options["attention_mask"] = torch.ones_like(text)
+    with attach(model, make_sidecar(2)):
+        expected = model(text).logits
+        found = model(text, use_cache=False)
+        assert torch.equal(found.logits, expected)
+        assert (expected - stock)[:, 300:].abs().max() > 1e-2
+        assert found.past_key_values is None
+        first, *others = model(text, use_cache=False, return_dict=False)
+        assert torch.equal(first, expected)
+        assert others == []
+        again = model.generate(text, use_cache=False, **options)
+        assert torch.equal(again, model.generate(text, **options))
+        cache = PackedCache(model, make_sidecar(2))
+        assert model(text, use_cache=False, past_key_values=cache).past_key_values is cache
 
 
 @torch.no_grad()
@@ -305,3 +316,17 @@ def test_what_generate_sets_on_stock_layers_stays() -> None:
         # Shorter than a page: nothing is read from codes.
         found = model.generate(text, attention_mask=mask, **asked)
     assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_a_count_to_keep_reaches_windows_too() -> None:
+    model = make_gemma()
+    with attach(model, make_sidecar(model=model)):
+        for count in (40, -10):
+            cache = model(ids(50)).past_key_values
+            cache.crop(count)
+            assert {layer.get_seq_length() for layer in cache.layers} == {40}
+            assert cache.tokens_held == [40]
+            assert model(ids(1), past_key_values=cache).logits.isfinite().all()
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        PackedCache(model, make_sidecar(model=model), batch_size=0)
