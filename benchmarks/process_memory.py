@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any
 
 import psutil
 
+from kvq_cli.peak_memory import host_peak_bytes
+
 
 def peak_bytes() -> int:
     """The most resident memory since the start, or since ``reset_peak``."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    peak = host_peak_bytes()
+    assert peak is not None, "this system does not say how much memory a process has held"
+    return peak
 
 
 def reset_peak() -> bool:

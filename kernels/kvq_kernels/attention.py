@@ -173,20 +173,23 @@ def scratch_bytes(
         coded_pages: pages that they read from codes.
         exact_tokens: tokens that ``QUERY_BLOCK`` of them read exactly.
 
-    Counted in f32: the output and a running softmax of a block of queries, with what a split adds
-    to it; and of the split either decoded pages (keys and values), their scores, and queries or
-    results once a page, or exact tokens likewise, with a mask, its inverse and one of fewer heads.
+    Counted in f32: the output, a running softmax of a block of queries with what a split adds to
+    it, and the workspace that pages are decoded in: keys, values, and twice the half of one of them
+    for indices. And of the split either scores of pages, and queries or results once a page, or
+    exact tokens, their scores, a mask, its inverse and one of fewer heads.
     """
     H, D = num_kv_heads, head_dim
     G = num_heads // H
     M = G * min(tokens, QUERY_BLOCK)
     pages = min(coded_pages, _pages_a_block(H, M, D))
-    coded = 4 * H * pages * (PAGE_TOKENS * (2 * D + M) + M * D)
+    workspace = 3 * 4 * H * PAGE_TOKENS * D * min(coded_pages, _pages_a_block(H, G, D))
+    coded = 4 * H * pages * (PAGE_TOKENS * M + M * D)
+    # Where scores take little, what turns keys takes more; then there are cosines and sines.
+    coded = max(coded, 4 * H * pages * PAGE_TOKENS * D) + 4 * pages * PAGE_TOKENS * D
     block = min(exact_tokens, EXACT_BLOCK)
     exact = 4 * H * (block * (2 * D + M) + M * D) + (2 * M + M // G) * block
     running = 4 * H * M * (3 * D + 3)
-    # What is decoded from codes is for a moment there twice, before there are scores.
-    return max(coded, exact) + running + 4 * num_heads * tokens * D
+    return workspace + max(coded, exact) + running + 4 * num_heads * tokens * D
 
 
 def _pages_a_block(H: int, M: int, D: int) -> int:

@@ -22,6 +22,7 @@ from kvq_formats.errors import ConfigError
 from kvq_formats.packing import ROWS
 from kvq_formats.pages import KeyPages, ValuePages
 from kvq_formats.parameters import KeyParameters, ValueParameters
+from kvq_kernels.workspace import Workspace
 
 _SUBSETS: Final = PAGE_TOKENS // ROWS
 
@@ -63,7 +64,7 @@ class _PairTable:
         self.spare_shifts = column(_SPARE_SHIFTS)[:, None, None]
         self.spare_masks = column(_SPARE_MASKS)[:, None, None]
 
-    def indices(self, words: Tensor) -> Tensor:
+    def indices(self, words: Tensor, workspace: Workspace) -> Tensor:
         """Words i16 ``[P, H, bits, S, F]`` to indices i32 ``[P, H, 16 subsets, S, F / 2]``."""
         P, H, _, S, F = words.shape
         planes = words.contiguous().view(torch.int32)
@@ -72,12 +73,17 @@ class _PairTable:
             first, second, third = spare.split(1, dim=2)
             planes = torch.cat([planes, first | second | third], dim=2)
         # Shifts carry the sign along; the mask drops it.
-        indices = (planes[:, :, :, None] >> self.shifts).bitwise_and_(self.mask)
-        return indices.view(P, H, _SUBSETS, S, F // 2)
+        shape = (P, H, _SUBSETS, S, F // 2)
+        indices = workspace.take("indices", shape, torch.int32, words.device)
+        by_plane = indices.view(P, H, planes.shape[2], len(self.shifts), S, F // 2)
+        torch.bitwise_right_shift(planes[:, :, :, None], self.shifts, out=by_plane)
+        return indices.bitwise_and_(self.mask)
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Numbers f32 ``[2 n]`` of n indices, two an index, in their order."""
-        return self.numbers.index_select(0, indices.view(-1)).view(torch.float32)
+    def lookup(self, indices: Tensor, workspace: Workspace, name: str) -> Tensor:
+        """Numbers f32 ``[2 n]`` of n indices, two an index, in their order; kept as ``name``."""
+        numbers = workspace.take(name, (indices.numel(),), torch.int64, indices.device)
+        torch.index_select(self.numbers, 0, indices.view(-1), out=numbers)
+        return numbers.view(torch.float32)
 
 
 def _add_residuals(
@@ -110,7 +116,12 @@ class KeyDequantizer:
     """Decodes key pages of one layer; its tables are made once."""
 
     def __init__(
-        self, parameters: KeyParameters, *, bits: int, device: torch.device | str = "cpu"
+        self,
+        parameters: KeyParameters,
+        *,
+        bits: int,
+        device: torch.device | str = "cpu",
+        workspace: Workspace | None = None,
     ) -> None:
         """``bits`` is the width of a code, 2, 3 or 4; ``device`` is where the pages will be.
 
@@ -120,11 +131,17 @@ class KeyDequantizer:
         self._half_range = parameters.half_range.to(device)[:, None, :]
         self._center = parameters.center.to(device)[:, None, :]
         self._outlier_step = parameters.outlier_step
+        self._workspace = workspace
 
     def dequantize(self, pages: KeyPages) -> Tensor:
-        """Keys before RoPE, f32 ``[P, H, 256, D]``; the pages are only read."""
+        """Keys before RoPE, f32 ``[P, H, 256, D]``; the pages are only read.
+
+        With a workspace they are there until the next call.
+        """
         P, H, _, _, D = pages.words.shape
-        keys = self._table.lookup(self._table.indices(pages.words)).view(P, H, PAGE_TOKENS, D)
+        workspace = self._workspace or Workspace()
+        indices = self._table.indices(pages.words, workspace)
+        keys = self._table.lookup(indices, workspace, "keys").view(P, H, PAGE_TOKENS, D)
         if pages.outliers.shape[-1]:
             _add_residuals(
                 keys,
@@ -140,7 +157,12 @@ class ValueDequantizer:
     """Decodes value pages of one layer; its tables are made once."""
 
     def __init__(
-        self, parameters: ValueParameters, *, bits: int, device: torch.device | str = "cpu"
+        self,
+        parameters: ValueParameters,
+        *,
+        bits: int,
+        device: torch.device | str = "cpu",
+        workspace: Workspace | None = None,
     ) -> None:
         """``bits`` is the width of a code, 2, 3 or 4; ``device`` is where the pages will be.
 
@@ -148,6 +170,7 @@ class ValueDequantizer:
         """
         self._table = _PairTable(parameters.codebook, bits=bits, device=device)
         self._outlier_step = parameters.outlier_step
+        self._workspace = workspace
 
     def dequantize(self, pages: ValuePages) -> tuple[Tensor, Tensor, Tensor]:
         """Values without the scales of their tokens; the pages are only read.
@@ -161,9 +184,12 @@ class ValueDequantizer:
         P, H, _, D, _ = pages.words.shape
         # Reordered while a pair of numbers is still one index. The pairs of a channel and subset
         # stay together, so they move two at a time.
-        subsets = self._table.indices(pages.words).view(torch.int64)
-        by_channel = subsets.transpose(2, 3).contiguous().view(torch.int32)
-        normalised = self._table.lookup(by_channel).view(P, H, D, PAGE_TOKENS)
+        workspace = self._workspace or Workspace()
+        subsets = self._table.indices(pages.words, workspace).view(torch.int64).transpose(2, 3)
+        device = pages.words.device
+        by_channel = workspace.take("by channel", tuple(subsets.shape), torch.int64, device)
+        indices = by_channel.copy_(subsets).view(torch.int32)
+        normalised = self._table.lookup(indices, workspace, "values").view(P, H, D, PAGE_TOKENS)
         if pages.outliers.shape[-1]:
             _add_residuals(
                 normalised,

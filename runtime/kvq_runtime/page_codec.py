@@ -18,6 +18,7 @@ from kvq_formats.parameters import KeyParameters, LayerParameters
 from kvq_formats.sidecar import Sidecar
 from kvq_formats.sidecar_tensors import layer_tensors, tensors_sha256
 from kvq_kernels.dequantize import KeyDequantizer, ValueDequantizer
+from kvq_kernels.workspace import Workspace
 from kvq_runtime.rotary_layout import LayerRotary, learn_rotary
 
 
@@ -57,7 +58,7 @@ class PageCodec(Protocol):
         ...
 
     def decode_keys(self, key_pages: Any) -> Tensor:
-        """f32 ``[P, H, 256, D]``, before RoPE."""
+        """f32 ``[P, H, 256, D]``, before RoPE; there until the next pages are decoded."""
         ...
 
     def decode_values(self, value_pages: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -79,6 +80,7 @@ class SidecarPageCodec:
         rotary: LayerRotary | None,
         *,
         device: torch.device | str = "cpu",
+        workspace: Workspace | None = None,
     ) -> None:
         """``parameters`` name key channels in rotary channel order.
 
@@ -90,8 +92,13 @@ class SidecarPageCodec:
         self.sink_tokens = config.sink_tokens
         self.recent_tokens = config.recent_tokens
         self.num_kv_heads, self.head_dim = parameters.key.center.shape
-        self.keys = KeyDequantizer(parameters.key, bits=config.key_bits, device=device)
-        self.values = ValueDequantizer(parameters.value, bits=config.value_bits, device=device)
+        self.workspace = workspace
+        self.keys = KeyDequantizer(
+            parameters.key, bits=config.key_bits, device=device, workspace=workspace
+        )
+        self.values = ValueDequantizer(
+            parameters.value, bits=config.value_bits, device=device, workspace=workspace
+        )
 
     @property
     def rotary(self) -> LayerRotary:
@@ -132,7 +139,13 @@ class SidecarPageCodec:
 
     def to(self, device: torch.device) -> SidecarPageCodec:
         """The same with its tables on ``device``."""
-        return SidecarPageCodec(self.parameters, self.config, self._rotary, device=device)
+        return SidecarPageCodec(
+            self.parameters,
+            self.config,
+            self._rotary,
+            device=device,
+            workspace=self.workspace,
+        )
 
 
 def page_codecs(model: PreTrainedModel, sidecar: Sidecar) -> dict[int, PageCodec]:
@@ -142,10 +155,11 @@ def page_codecs(model: PreTrainedModel, sidecar: Sidecar) -> dict[int, PageCodec
     """
     rotaries: Mapping[int, LayerRotary] = learn_rotary(model)
     codecs: dict[int, PageCodec] = {}
+    workspace = Workspace()
     for layer_idx, layer in sidecar.layers.items():
         rotary = rotaries[layer_idx]
         ordered = replace(layer, key=_reordered(layer.key, rotary.order))
-        codecs[layer_idx] = SidecarPageCodec(ordered, sidecar.config, rotary)
+        codecs[layer_idx] = SidecarPageCodec(ordered, sidecar.config, rotary, workspace=workspace)
     return codecs
 
 

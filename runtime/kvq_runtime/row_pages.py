@@ -33,13 +33,20 @@ class PooledPages:
         return self.row.ends
 
     def read(self, first: int, last: int) -> DecodedPages:
-        """Decode pages ``first`` to ``last - 1`` and rotate their keys."""
+        """Decode pages ``first`` to ``last - 1`` and rotate their keys.
+
+        They are there until the next are read.
+        """
         pages = self.row.pages[first:last]
-        parts = [self._decode(key, value) for key, value in self.pool.read(pages)]
-        keys, values, half_range, center, base = (
-            part[0] if len(part) == 1 or part[0] is None else torch.cat(part)
-            for part in zip(*parts, strict=True)
-        )
+        runs = list(self.pool.read(pages))
+        if len(runs) == 1:
+            keys, values, half_range, center, base = self._decode(*runs[0])
+        else:
+            # Each is decoded to where the one before lies.
+            parts = [[_copy(part) for part in self._decode(*run)] for run in runs]
+            keys, values, half_range, center, base = (
+                None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)
+            )
         cos, sin = self.angles.page_cos_sin(base)
         for place, page in enumerate(pages):
             if (positions := self.pool.irregular.get(page)) is not None:
@@ -48,6 +55,10 @@ class PooledPages:
         rotate(keys, cos[:, None], sin[:, None], out=keys)
         return DecodedPages(keys, values, half_range, center)
 
-    def _decode(self, key: Any, value: Any) -> tuple[Tensor, Tensor, Any, Any, Tensor]:
+    def _decode(self, key: Any, value: Any) -> tuple[Any, Any, Any, Any, Any]:
         codec = self.pool.codec
         return codec.decode_keys(key), *codec.decode_values(value), key.base_positions
+
+
+def _copy(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.clone()

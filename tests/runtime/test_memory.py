@@ -13,8 +13,9 @@ from kvq_formats.config import LARGEST_CONTEXT, PAGE_TOKENS
 from kvq_formats.errors import ConfigError, SidecarError
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.attach import attach
-from kvq_runtime.cache import PackedCache
+from kvq_runtime.cache import PackedCache, packed_layers
 from kvq_runtime.memory import MemoryPlan, plan_memory
+from kvq_runtime.page_codec import SidecarPageCodec
 from tiny_models import make_tiny_llama
 from tiny_sidecars import make_sidecar
 
@@ -80,6 +81,10 @@ def most_alive(model: LlamaForCausalLM, sidecar: Sidecar, *, context: int, chunk
     with torch.inference_mode(), attach(model, sidecar):
         cache = PackedCache(model, sidecar, capacity=context)
         model(ids[:, : context - chunk], past_key_values=cache, logits_to_keep=1)
+        codec = next(packed_layers(cache)).codec
+        assert isinstance(codec, SidecarPageCodec)
+        assert codec.workspace is not None
+        before = codec.workspace.nbytes
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             model(ids[:, context - chunk :], past_key_values=cache, logits_to_keep=1)
     # What events() makes of these has no sizes.
@@ -91,7 +96,7 @@ def most_alive(model: LlamaForCausalLM, sidecar: Sidecar, *, context: int, chunk
     for change in sorted(changes, key=lambda event: event.start_ns()):
         alive += change.nbytes()
         most = max(most, alive)
-    return most
+    return before + most
 
 
 @pytest.mark.parametrize("chunk", [64, 512, 1024])
