@@ -87,6 +87,26 @@ def test_after_calibrate_nothing_need_be_said(kvq: Kvq, embedded: Path, text_fil
     assert lines[-1] == f"Next: kvq eval --sidecar {folder} --path decode"
 
 
+def test_the_three_commands_on_a_local_model(
+    kvq: Kvq, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibrate, eval, generate: only smaller, and with nothing more said."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model_dir, "my-model")
+    small = ("--num-samples", 2, "--seq-len", 128)
+    calibrated = kvq("calibrate", "./my-model", "--bits", 3, *small)
+    assert calibrated.code == 0
+    sidecar = tmp_path / "my-model-kvq3"
+    measured = kvq("eval", "--ppl", "wikitext2", "--limit", 1, "--seq-len", 64)
+    assert measured.code == 0
+    assert "my-model-kvq3" in measured.stdout
+    assert measured.stderr.splitlines()[-1] == f"Next: kvq generate --sidecar {sidecar}"
+    ran = kvq("generate", "--context", "1M", *FEW)
+    assert ran.code == 0
+    assert "memory for 1,048,576 tokens:" in ran.stderr
+    assert "tokens are held in" in ran.stderr
+
+
 def test_json_is_one_object_with_everything(
     kvq: Kvq, current: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
