@@ -32,6 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from kvq_formats.errors import KVQError, UnsupportedModelError
+from kvq_runtime.turn import Turn
 
 ROTARY_FUNCTION = "apply_rotary_pos_emb"
 PREFIX = "kvq_tap_"
@@ -305,53 +306,10 @@ def _layers_followed(modules: Collection[nn.Module], number: int) -> Iterator[No
         yield
 
 
-class _Turn:
-    """Whose turn a tapped decoder is: a tap follows one forward, so one thread runs it."""
-
-    def __init__(self, decoder: nn.Module) -> None:
-        self._decoder = decoder
-        self._thread: int | None = None
-        self._taking = threading.Lock()
-
-    def take(self) -> None:
-        """A forward begins in this thread.
-
-        Raises KVQError while another thread runs one.
-        """
-        me = threading.get_ident()
-        with self._taking:
-            owner = self._thread
-            if owner is not None and owner != me and _runs(owner, self._decoder):
-                raise KVQError(
-                    "one forward at a time: an attached model serves one thread.",
-                    hint="a lock around the model, or a model for each thread",
-                )
-            self._thread = me
-
-    def give_back(self) -> None:
-        """A forward has ended in this thread, or was refused to it."""
-        with self._taking:
-            if self._thread == threading.get_ident():
-                self._thread = None
-
-
-def _runs(thread: int, module: nn.Module) -> bool:
-    """Whether a thread is inside a call of ``module``.
-
-    Its stack says so; hooks do not, for after Ctrl-C torch runs none.
-    """
-    frame = sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module:
-            return True
-        frame = frame.f_back
-    return False
-
-
 @contextmanager
 def _forwards_followed(decoder: nn.Module, tap: AttentionTap) -> Iterator[None]:
     """Tell the tap of each forward of the decoder, one at a time, and of its positions."""
-    turn = _Turn(decoder)
+    turn = Turn(decoder)
     signature = inspect.signature(decoder.forward)
     rest = next(
         (p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "kwargs"
