@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tiny_models import make_text, make_tiny_llama
+
+# Tests run in as many processes as there are cores. With threads beside them torch's would wait for
+# each other at the end of every small operation. Read when torch is loaded, here and in processes
+# that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
