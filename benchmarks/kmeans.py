@@ -11,7 +11,6 @@ over 16 x 2048 tokens. Times on a machine that does other work are noisy: read t
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from results_csv import commit, processor, write_csv
+from results_csv import machine, write_csv
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -147,16 +146,7 @@ def compare(
 
 def environment() -> dict[str, object]:
     """Columns that say where the figures come from."""
-    return {
-        "device": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": round(os.getloadavg()[0], 2),
-        "torch": version("torch"),
-        "scikit_learn": version("scikit-learn"),
-        "numpy": version("numpy"),
-        "commit": commit(),
-    }
+    return machine() | {"scikit_learn": version("scikit-learn"), "numpy": version("numpy")}
 
 
 def show(rows: list[dict[str, object]]) -> None:

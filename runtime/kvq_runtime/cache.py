@@ -77,9 +77,10 @@ class PackedCache(Cache):
         equal. Layers with a window have transformers' own limits.
         """
         for layer in self.layers:
-            kept = tokens_to_remove
-            # Stock layers take negative counts only.
-            count = min(0, kept - layer.get_seq_length()) if kept > 0 else kept
+            count = tokens_to_remove
+            if count > 0:
+                # Stock layers take negative counts only.
+                count = min(0, count - layer.get_seq_length())
             if count:
                 layer.crop(count)
 

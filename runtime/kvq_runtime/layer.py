@@ -136,7 +136,7 @@ class PackedLayer(CacheLayerMixin):
         self.rows = [Row() for _ in self.rows]
         self.slots = 0
         self.torn = False
-        self._readings = []
+        self.end_reading()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` slots of every row; a count > 0 is what to keep.
@@ -152,7 +152,7 @@ class PackedLayer(CacheLayerMixin):
             self.pool.release(row.crop(kept))
             self._write_table(place, max(0, len(row.pages) - 1))
         self.slots = kept
-        self._readings = []
+        self.end_reading()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was."""
@@ -247,7 +247,7 @@ class PackedLayer(CacheLayerMixin):
             forward = Forward.consecutive(self.slots, B, T, device=self.device)
         forward = forward.on(self.device)
         # Freed before anything is written: the tokens of the last forward may be large.
-        self._readings = []
+        self.end_reading()
         self.torn = True
         with plain_arithmetic(self.device):
             self._readings = [
@@ -400,4 +400,4 @@ class PackedLayer(CacheLayerMixin):
         with lasting_tensors():
             self.block_table = self.block_table.index_select(0, order)
         self.batch_size = len(chosen)
-        self._readings = []
+        self.end_reading()
