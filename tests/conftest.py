@@ -15,6 +15,11 @@ from tiny_models import make_text, make_tiny_llama
 # that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Triton's kernels run in its interpreter, which has to be said before Triton is loaded; on a GPU
+# only where one is asked for.
+if os.environ.get("KVQ_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 

@@ -88,13 +88,15 @@ class _Attachment(AbstractContextManager[PreTrainedModel]):
 def _attached(
     model: PreTrainedModel, sidecar: Sidecar, rule: AttachRule, impl: str | None
 ) -> Iterator[PreTrainedModel]:
-    chosen = choose_implementation(model.device, impl)
     if rule == "evaluation":
+        # Attention is the model's own; a request that cannot be met is refused all the same.
+        choose_implementation(model.device, impl or "reference")
         with attach_codec(model, SidecarCodec(sidecar)):
             yield model
         return
+    chosen = choose_implementation(model.device, impl)
     logger.info("attention over packed pages: %s (%s)", chosen.name, chosen.reason)
-    with attach_pages(model, page_codecs(model, sidecar), rule=rule):
+    with attach_pages(model, page_codecs(model, sidecar), rule=rule, impl=chosen.name):
         yield model
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvq_formats.errors import KVQError, UnsupportedModelError
+from kvq_runtime.implementation import ImplementationName
 
 Rule = Literal["runtime", "exact-prefill"]
 
@@ -22,12 +23,14 @@ class Forward:
         attended: for each row, which of the T tokens are attended, i64; None for all.
         runs: the same as spans ``(start, stop)``.
         positions: i32 ``[B, T]``.
+        impl: what packs pages and attends over them.
         active: whether the attachment that it belongs to is still open.
     """
 
     attended: Sequence[Tensor | None]
     runs: Sequence[Sequence[tuple[int, int]]]
     positions: Tensor
+    impl: ImplementationName = "reference"
     active: bool = True
     _expected: Tensor | None = field(default=None, repr=False)
     _elsewhere: dict[torch.device, Forward] = field(default_factory=dict, repr=False)
@@ -44,7 +47,9 @@ class Forward:
             return self
         if device not in self._elsewhere:
             attended = [None if row is None else row.to(device) for row in self.attended]
-            self._elsewhere[device] = Forward(attended, self.runs, self.positions.to(device))
+            self._elsewhere[device] = Forward(
+                attended, self.runs, self.positions.to(device), self.impl
+            )
         return self._elsewhere[device]
 
     def expect_key(self, key: Tensor) -> Tensor:

@@ -13,17 +13,16 @@ from transformers.cache_utils import CacheLayerMixin
 from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import CacheFullError, KVQError
 from kvq_kernels.attention import AttentionOptions, ExactTokens, attend
+from kvq_kernels.packed_rows import PackedRows, table_entry
 from kvq_kernels.rotary import rotate
 from kvq_runtime.exact_tokens import ExactBuffers, Tokens
 from kvq_runtime.forward import Forward, Rule
+from kvq_runtime.implementation import ImplementationName
 from kvq_runtime.modes import lasting_tensors, plain_arithmetic
 from kvq_runtime.page_codec import PageCodec
 from kvq_runtime.page_pool import PagePool
 from kvq_runtime.row_pages import PooledPages
 from kvq_runtime.rows import Row
-
-CUT_SHIFT = 23
-"""A block table entry is a page's id; of a page that was cut, plus ``(256 - length) << 23``."""
 
 ENCODED_BLOCK_BYTES = 2**20
 """Keys in f32 that are encoded at a time."""
@@ -88,6 +87,7 @@ class PackedLayer(CacheLayerMixin):
         self.codec = codec
         self.capacity = capacity
         self.forward: Forward | None = None
+        self.impl: ImplementationName = "reference"
         self.slots = 0
         self.torn = False
         self.known_codec: PageCodec | None = None
@@ -246,6 +246,7 @@ class PackedLayer(CacheLayerMixin):
         if forward is None:
             forward = Forward.consecutive(self.slots, B, T, device=self.device)
         forward = forward.on(self.device)
+        self.impl = forward.impl
         # Freed before anything is written: the tokens of the last forward may be large.
         self.end_reading()
         self.torn = True
@@ -285,9 +286,15 @@ class PackedLayer(CacheLayerMixin):
 
     def _attend(self, query: Tensor, options: AttentionOptions, *, rule: Rule) -> Tensor:
         B, HQ, T, D = query.shape
+        angles = self.codec.rotary.angles()
+        if self.impl == "triton" and T == 1:
+            output = self.codec.kernels.decode(query[:, :, 0], self.packed_rows(), angles, options)
+            for place, reading in enumerate(self._readings):
+                if reading.attended is not None and len(reading.attended) == 0:
+                    output[place] = 0.0
+            return output[:, None]
         dtype = torch.promote_types(query.dtype, torch.float32)
         output = query.new_zeros(B, T, HQ, D, dtype=dtype)
-        angles = self.codec.rotary.angles()
         for place, reading in enumerate(self._readings):
             attended = slice(None) if reading.attended is None else reading.attended
             asked = query[place][:, attended]
@@ -310,6 +317,21 @@ class PackedLayer(CacheLayerMixin):
                 exact_prefill=rule == "exact-prefill" and T > 1,
             )
         return output
+
+    def packed_rows(self) -> PackedRows:
+        """All rows as kernels read them."""
+        key_pages, value_pages = self.pool.whole()
+        lengths = [(len(row.pages), row.sinks, row.tail) for row in self.rows]
+        return PackedRows(
+            key_pages=key_pages,
+            value_pages=value_pages,
+            block_table=self.block_table,
+            lengths=torch.tensor(lengths, dtype=torch.int32).to(self.device, non_blocking=True),
+            exact_keys=self.exact.keys,
+            exact_values=self.exact.values,
+            exact_positions=self.exact.positions,
+            irregular_positions=self.pool.irregular_positions if self.pool.irregular else None,
+        )
 
     def end_reading(self) -> None:
         """Let go of the last update's tokens, which are kept exactly for the attention to come."""
@@ -349,11 +371,14 @@ class PackedLayer(CacheLayerMixin):
         row = self.rows[place]
         pages = self.pool.take(count)
         H, _, D = tail.keys.shape
-        step = max(1, ENCODED_BLOCK_BYTES // (4 * H * PAGE_TOKENS * D))
+        # Kernels have blocks of their own.
+        step = count
+        if self.impl == "reference":
+            step = max(1, ENCODED_BLOCK_BYTES // (4 * H * PAGE_TOKENS * D))
         for first in range(0, count, step):
             some = pages[first : first + step]
             span = slice(first * PAGE_TOKENS, (first + len(some)) * PAGE_TOKENS)
-            self.pool.write(some, *tail.at(span))
+            self.pool.write(some, *tail.at(span), impl=self.impl)
         old = len(row.pages)
         row.tail -= count * PAGE_TOKENS
         row.add_pages(pages)
@@ -376,7 +401,7 @@ class PackedLayer(CacheLayerMixin):
             with lasting_tensors():
                 self.block_table = torch.nn.functional.pad(self.block_table, (0, more))
         entries = [
-            page + ((PAGE_TOKENS - length) << CUT_SHIFT)
+            table_entry(page, length)
             for page, length in zip(row.pages[first:], row.lengths[first:], strict=True)
         ]
         self.block_table[place, first:count] = torch.tensor(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ from kvq_formats.sidecar import Sidecar
 from kvq_formats.sidecar_tensors import layer_tensors, tensors_sha256
 from kvq_kernels.dequantize import KeyDequantizer, ValueDequantizer
 from kvq_kernels.workspace import Workspace
+from kvq_runtime.implementation import ImplementationName
 from kvq_runtime.rotary_layout import LayerRotary, learn_rotary
+
+if TYPE_CHECKING:
+    from kvq_runtime.layer_kernels import LayerKernels
 
 
 class PageCodec(Protocol):
@@ -49,11 +53,18 @@ class PageCodec(Protocol):
     @property
     def rotary(self) -> LayerRotary: ...
 
+    @property
+    def kernels(self) -> LayerKernels:
+        """The layer on Triton kernels; raises KVQError where there are none for it."""
+        ...
+
     def allocate(self, num_pages: int, *, device: torch.device | str) -> tuple[Any, Any]:
         """Empty key and value pages; on the ``meta`` device they cost nothing."""
         ...
 
-    def encode(self, keys: Tensor, values: Tensor) -> tuple[Any, Any]:
+    def encode(
+        self, keys: Tensor, values: Tensor, *, impl: ImplementationName = "reference"
+    ) -> tuple[Any, Any]:
         """Pages of ``[H, P * 256, D]`` keys and values, any float dtype; positions are not set."""
         ...
 
@@ -92,6 +103,7 @@ class SidecarPageCodec:
         self.sink_tokens = config.sink_tokens
         self.recent_tokens = config.recent_tokens
         self.num_kv_heads, self.head_dim = parameters.key.center.shape
+        self.device = torch.device(device)
         self.workspace = workspace
         self.keys = KeyDequantizer(
             parameters.key, bits=config.key_bits, device=device, workspace=workspace
@@ -122,8 +134,24 @@ class SidecarPageCodec:
             ValuePages.allocate(self.config, **sizes, device=device),
         )
 
-    def encode(self, keys: Tensor, values: Tensor) -> tuple[KeyPages, ValuePages]:
+    @cached_property
+    def kernels(self) -> LayerKernels:
+        """The layer on Triton kernels. Raises KVQError where they cannot hold its keys."""
+        from kvq_runtime.layer_kernels import LayerKernels
+
+        return LayerKernels(
+            self.parameters,
+            self.config,
+            device=self.device,
+            workspace=self.workspace or Workspace(),
+        )
+
+    def encode(
+        self, keys: Tensor, values: Tensor, *, impl: ImplementationName = "reference"
+    ) -> tuple[KeyPages, ValuePages]:
         """Quantize and pack; see ``kvq_formats.pages``."""
+        if impl == "triton":
+            return self.kernels.encode(keys, values)
         return (
             pages.encode_keys(keys.float(), self.parameters.key, self.config),
             pages.encode_values(values.float(), self.parameters.value, self.config),

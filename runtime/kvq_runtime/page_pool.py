@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvq_formats.config import PAGE_TOKENS
+from kvq_runtime.implementation import ImplementationName
 from kvq_runtime.modes import lasting_tensors
 from kvq_runtime.page_codec import PageCodec
 
@@ -34,15 +35,21 @@ class PagePool:
     A page is final once it is written, so that rows may share it: it is free again when no row
     names it any more. Slabs are allocated once and keep their address; each new one is half as
     large as all before together, so that their number grows with the logarithm of the context.
+
+    A page whose positions jump is *irregular*: its base position is ``-1 - i``, and its positions
+    are line i of ``irregular_positions``, i32 ``[I, 256]``.
     """
 
     def __init__(self, codec: PageCodec, *, device: torch.device | str) -> None:
         self.codec = codec
         self.device = device
         self.slabs: list[Slab] = []
-        self.irregular: dict[int, Tensor] = {}
+        self.irregular: dict[int, int] = {}
+        with lasting_tensors():
+            self.irregular_positions = torch.empty(0, PAGE_TOKENS, dtype=torch.int32, device=device)
         self._users: list[int] = []
         self._free: list[int] = []
+        self._free_lines: list[int] = []
 
     @property
     def num_pages(self) -> int:
@@ -64,7 +71,7 @@ class PagePool:
     def allocated_bytes(self) -> int:
         """Bytes of all slabs and of the positions of irregular pages."""
         held = sum(_bytes(slab.key) + _bytes(slab.value) for slab in self.slabs)
-        return held + sum(positions.nbytes for positions in self.irregular.values())
+        return held + self.irregular_positions.nbytes
 
     def reserve(self, num_pages: int) -> None:
         """Allocate so that the pool has at least ``num_pages`` pages."""
@@ -93,26 +100,37 @@ class PagePool:
             self._users[page] -= 1
             if self._users[page] == 0:
                 heapq.heappush(self._free, page)
-                self.irregular.pop(page, None)
+                if (line := self.irregular.pop(page, None)) is not None:
+                    self._free_lines.append(line)
 
-    def write(self, pages: Sequence[int], keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def write(
+        self,
+        pages: Sequence[int],
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        *,
+        impl: ImplementationName = "reference",
+    ) -> None:
         """Encode and store complete pages.
 
         Args:
             pages: ids, P of them.
             keys, values: ``[H, P * 256, D]``.
-            positions: i32 ``[P * 256]``. Where they jump within a page its base position is -1 and
-                its positions are kept beside it.
+            positions: i32 ``[P * 256]``.
+            impl: of encoding; the bytes are the same.
         """
-        key, value = self.codec.encode(keys, values)
+        key, value = self.codec.encode(keys, values, impl=impl)
         placed = positions.reshape(-1, PAGE_TOKENS)
         base = placed[:, :1]
         steps = torch.arange(PAGE_TOKENS, device=placed.device, dtype=placed.dtype)
         regular = (placed - base == steps).all(-1)
-        key.base_positions.copy_(torch.where(regular, base[:, 0], -1))
+        key.base_positions.copy_(base[:, 0])
         for place, is_regular in enumerate(regular.tolist()):
             if not is_regular:
-                self.irregular[pages[place]] = placed[place].clone()
+                line = self._irregular_line(pages[place])
+                self.irregular_positions[line] = placed[place]
+                key.base_positions[place] = -1 - line
         for slab, inside, places in self._in_slabs(pages):
             for stored, written in ((slab.key, key), (slab.value, value)):
                 for field in fields(stored):
@@ -127,11 +145,45 @@ class PagePool:
                 for stored in (slab.key, slab.value)
             )
 
+    def positions_of(self, page: int) -> Tensor | None:
+        """Positions i32 ``[256]`` of an irregular page; None for a regular one."""
+        line = self.irregular.get(page)
+        return None if line is None else self.irregular_positions[line]
+
+    def whole(self) -> tuple[Any, Any]:
+        """Key and value pages of the pool in one piece, as kernels read them.
+
+        Where there are several slabs they become one: a copy, which a pool that was reserved for
+        its capacity never needs.
+        """
+        if len(self.slabs) != 1:
+            with lasting_tensors():
+                key, value = self.codec.allocate(self.num_pages, device=self.device)
+            for slab in self.slabs:
+                for stored, written in ((key, slab.key), (value, slab.value)):
+                    for field in fields(stored):
+                        target, source = getattr(stored, field.name), getattr(written, field.name)
+                        target[slab.first : slab.first + slab.count].copy_(source)
+            self.slabs = [Slab(0, self.num_pages, key, value)]
+        return self.slabs[0].key, self.slabs[0].value
+
     def clear(self) -> None:
         """Free every page, whoever uses it; slabs stay allocated."""
         self._users = [0] * len(self._users)
         self._free = list(range(len(self._users)))
         self.irregular.clear()
+        self._free_lines = list(range(len(self.irregular_positions)))
+
+    def _irregular_line(self, page: int) -> int:
+        """A line of ``irregular_positions`` that is free, for ``page``."""
+        if not self._free_lines:
+            room = len(self.irregular_positions)
+            with lasting_tensors():
+                more = self.irregular_positions.new_empty(max(1, room), PAGE_TOKENS)
+                self.irregular_positions = torch.cat([self.irregular_positions, more])
+            self._free_lines += range(room, len(self.irregular_positions))
+        self.irregular[page] = self._free_lines.pop(0)
+        return self.irregular[page]
 
     def _add_slab(self, count: int) -> None:
         first = self.num_pages

@@ -49,7 +49,7 @@ class PooledPages:
             )
         cos, sin = self.angles.page_cos_sin(base)
         for place, page in enumerate(pages):
-            if (positions := self.pool.irregular.get(page)) is not None:
+            if (positions := self.pool.positions_of(page)) is not None:
                 cos[place], sin[place] = self.angles.cos_sin(positions)
         # The numbers were made for this reading, so that they can be turned where they are.
         rotate(keys, cos[:, None], sin[:, None], out=keys)

@@ -24,6 +24,7 @@ from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.rotary import rotate
 from kvq_runtime.cache import adopt, packed_layers
 from kvq_runtime.forward import Forward, Rule, check_positions, spans
+from kvq_runtime.implementation import ImplementationName
 from kvq_runtime.layer import PackedStates
 from kvq_runtime.page_codec import PageCodec
 from kvq_runtime.rope import (
@@ -60,11 +61,17 @@ class RuntimeTap(AttentionTap):
     """Puts a packed cache under every forward."""
 
     def __init__(
-        self, model: PreTrainedModel, codecs: Mapping[int, PageCodec], *, rule: Rule
+        self,
+        model: PreTrainedModel,
+        codecs: Mapping[int, PageCodec],
+        *,
+        rule: Rule,
+        impl: ImplementationName,
     ) -> None:
         self.model = model
         self.codecs = codecs
         self.rule = rule
+        self.impl = impl
         self.cache: Callable[[], Cache | None] = lambda: None
         self.forward: Forward | None = None
         self.attended: Tensor | None = None
@@ -142,6 +149,7 @@ class RuntimeTap(AttentionTap):
             attended=[None if row is None else row.nonzero()[:, 0] for row in rows],
             runs=[[(0, T)] if row is None else spans(row) for row in rows],
             positions=positions,
+            impl=self.impl,
         )
         cache = self.cache()
         assert cache is not None
@@ -289,10 +297,14 @@ def _config_wants_attentions(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def attach_pages(
-    model: PreTrainedModel, codecs: Mapping[int, PageCodec], *, rule: Rule = "runtime"
+    model: PreTrainedModel,
+    codecs: Mapping[int, PageCodec],
+    *,
+    rule: Rule = "runtime",
+    impl: ImplementationName = "reference",
 ) -> Iterator[PreTrainedModel]:
     """Run ``model`` on packed pages of ``codecs``; restored on exit."""
-    tap = RuntimeTap(model, codecs, rule=rule)
+    tap = RuntimeTap(model, codecs, rule=rule, impl=impl)
     with tap_attention(model, tap):
         try:
             yield model

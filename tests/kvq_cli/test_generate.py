@@ -21,6 +21,7 @@ from kvq_cli.prompts import bundled_prompt
 from kvq_cli.session import remember
 from kvq_cli.sizes import parse_tokens, show_bytes
 from kvq_formats.sidecar import Sidecar
+from kvq_runtime import implementation
 from kvq_runtime.memory import MemoryPlan, plan_memory
 from tiny_models import make_text
 
@@ -334,7 +335,7 @@ def test_where_nothing_is_enough_all_that_helps_is_named(
 def test_impl_is_never_swapped(
     kvq: Kvq, current: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(implementation, "interprets", lambda: False)
     ran = kvq("generate", *GIVEN, "--impl", "triton", "--json")
     assert ran.code == 1
     message, hint = error_of(ran)

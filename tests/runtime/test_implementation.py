@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvq_formats.errors import ConfigError, KVQError
+from kvq_runtime import implementation
 from kvq_runtime.attach import attach
 from kvq_runtime.implementation import choose_implementation
 from tiny_models import make_tiny_llama
@@ -20,22 +21,44 @@ def test_a_cpu_runs_the_reference(requested: str | None) -> None:
     assert (chosen.name, chosen.reason) == ("reference", "torch on cpu")
 
 
-def test_a_gpu_runs_the_reference_and_says_why() -> None:
-    chosen = choose_implementation(torch.device("cuda:1"))
-    assert chosen.name == "reference"
-    assert chosen.reason == "torch on cuda:1; there are no Triton kernels yet"
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are compiled, as they are for users; the tests have them interpreted."""
+    monkeypatch.setattr(implementation, "interprets", lambda: False)
 
 
-@pytest.mark.parametrize(
-    ("has_gpu", "words"), [(False, "need a CUDA"), (True, "no Triton kernels")]
-)
-def test_triton_is_never_swapped_for_the_reference(
-    has_gpu: bool, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    with pytest.raises(KVQError, match=words) as caught:
+@pytest.mark.parametrize("requested", [None, "triton"])
+@pytest.mark.usefixtures("compiled")
+def test_a_gpu_runs_kernels(requested: str | None) -> None:
+    chosen = choose_implementation(torch.device("cuda:1"), requested)
+    assert (chosen.name, chosen.reason) == ("triton", "kernels on cuda:1")
+
+
+def test_the_reference_runs_on_a_gpu_when_it_is_asked_for() -> None:
+    chosen = choose_implementation(torch.device("cuda:1"), "reference")
+    assert (chosen.name, chosen.reason) == ("reference", "torch on cuda:1")
+
+
+@pytest.mark.usefixtures("compiled")
+def test_triton_is_never_swapped_for_the_reference() -> None:
+    with pytest.raises(KVQError, match="need a CUDA or ROCm GPU; the model is on cpu") as caught:
         choose_implementation(CPU, "triton")
-    assert caught.value.hint == "--impl reference (slow, exact)"
+    assert "--impl reference" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("device", "requested"), [("cuda", None), ("cpu", "triton")])
+def test_triton_that_is_not_installed(
+    device: str, requested: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(implementation, "is_installed", lambda: False)
+    with pytest.raises(KVQError, match="Triton is not installed") as caught:
+        choose_implementation(torch.device(device), requested)
+    assert "pip install 'triton>=3.6'" in str(caught.value.hint)
+
+
+def test_kernels_are_interpreted_where_triton_was_told_to() -> None:
+    chosen = choose_implementation(CPU, "triton")
+    assert (chosen.name, chosen.reason) == ("triton", "kernels interpreted on cpu")
 
 
 def test_an_unknown_name() -> None:
@@ -43,6 +66,7 @@ def test_an_unknown_name() -> None:
         choose_implementation(CPU, "cuda")
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("rule", ["runtime", "evaluation", "exact-prefill"])
 def test_attach_refuses_what_cannot_run_under_every_rule(rule: str) -> None:
     model = make_tiny_llama()

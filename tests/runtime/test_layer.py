@@ -15,9 +15,10 @@ from exact_pages import ExactPageCodec
 from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import CacheFullError, KVQError
 from kvq_kernels.attention import AttentionOptions
+from kvq_kernels.packed_rows import table_entry
 from kvq_kernels.rotary import RotaryAngles
 from kvq_runtime.forward import Forward, spans
-from kvq_runtime.layer import CUT_SHIFT, PackedLayer
+from kvq_runtime.layer import PackedLayer
 
 EPS = torch.finfo(torch.float32).eps
 H, G, D = 2, 2, 8
@@ -259,7 +260,7 @@ def test_crop_to_a_length_and_no_crop() -> None:
     plain.crop(300)
     # The second page is cut to 300 - 1 - 256 tokens, and its entry says so.
     assert layer.rows[0].lengths == [256, 43]
-    assert layer.block_table[0, :2].tolist() == [0, 1 + ((256 - 43) << CUT_SHIFT)]
+    assert layer.block_table[0, :2].tolist() == [0, table_entry(1, 43)]
     feed(layer, plain, T=5, seed=1)
 
 

@@ -95,7 +95,7 @@ def test_positions_that_jump_are_kept_beside_the_page(pool: PagePool) -> None:
     before = pool.allocated_bytes
     pool.write(pages, keys, values, positions)
     assert stored(pool, pages)[2].tolist() == [7, -1]
-    assert torch.equal(pool.irregular[pages[1]], positions[256:])
+    assert torch.equal(pool.positions_of(pages[1]), positions[256:])
     assert pool.allocated_bytes == before + 4 * 256
     pool.release([pages[1]])
     assert not pool.irregular

@@ -47,7 +47,10 @@ class ExactPageCodec:
         base = torch.zeros(P, dtype=torch.int32, device=device)
         return ExactKeyPages(key, base), ExactValuePages(value)
 
-    def encode(self, keys: Tensor, values: Tensor) -> tuple[ExactKeyPages, ExactValuePages]:
+    def encode(
+        self, keys: Tensor, values: Tensor, *, impl: str = "reference"
+    ) -> tuple[ExactKeyPages, ExactValuePages]:
+        assert impl == "reference"
         H, T, D = keys.shape
         self.encoded.append(keys)
         paged = [

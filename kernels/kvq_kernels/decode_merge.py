@@ -1,0 +1,64 @@
+"""Decode attention, last kernel: splits become one output by their log-sum-exp."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import triton
+import triton.language as tl
+
+SPLIT_TILE: Final = tl.constexpr(16)
+"""Splits that are merged at a time."""
+
+
+@triton.jit
+def merge_splits(
+    split_out,
+    split_max,
+    split_sum,
+    sink_logits,
+    output,
+    splits,
+    HQ: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    SINK_LOGITS: tl.constexpr,
+):
+    """Program ``(query head, b)``: one head's output, f32 ``[D]`` of ``[B, HQ, D]``.
+
+    A row without tokens gives 0. ``sink_logits`` f32 ``[HQ]``: a score that carries no value.
+    """
+    query_head, batch = tl.program_id(0), tl.program_id(1)
+    row = (batch * (HQ // G) + query_head // G).to(tl.int64) * splits
+    channel = tl.arange(0, D_TILE)
+    is_channel = (channel < D)[None, :]
+    largest = -float("inf")
+    total = 0.0
+    sums = tl.zeros([D_TILE], tl.float32)
+    if SINK_LOGITS:
+        # In units of exp2.
+        largest = tl.load(sink_logits + query_head) * 1.4426950408889634
+        total = 1.0
+    for first in range(0, splits, SPLIT_TILE):
+        split = first + tl.arange(0, SPLIT_TILE)
+        held = split < splits
+        line = (row + split) * G + query_head % G
+        split_largest = tl.load(split_max + line, mask=held, other=-float("inf"))
+        merged = tl.maximum(largest, tl.max(split_largest, axis=0))
+        # Where nothing has been seen yet the exponent must not become inf - inf.
+        finite = tl.where(merged == -float("inf"), 0.0, merged)
+        decay = tl.exp2(largest - finite)
+        factor = tl.exp2(split_largest - finite)
+        total = total * decay + tl.sum(
+            factor * tl.load(split_sum + line, mask=held, other=0.0), axis=0
+        )
+        outputs = tl.load(
+            split_out + line[:, None] * D + channel[None, :],
+            mask=held[:, None] & is_channel,
+            other=0.0,
+        )
+        sums = sums * decay + tl.sum(outputs * factor[:, None], axis=0)
+        largest = merged
+    place = (batch * HQ + query_head) * D + channel
+    tl.store(output + place, sums / tl.where(total > 0, total, 1.0), mask=channel < D)

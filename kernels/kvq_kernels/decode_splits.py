@@ -1,0 +1,385 @@
+"""Decode attention, main kernel: one program reads a run of pages, or a tile of exact tokens.
+
+Scores are kept as ``[tokens, group]`` and outputs as ``[channels, group]``: tokens and channels
+fill the long side of a matrix instruction, the query heads that share a key/value head the short
+one, so that every number of the cache is decoded once a group (``docs/kernels.md``).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import triton
+import triton.language as tl
+
+from kvq_kernels.pair_lookup import GROUP, GROUPS, decode_pairs, group_shift, group_words
+from kvq_kernels.phases import cos_sin
+
+EXACT_TILE: Final = tl.constexpr(32)
+"""Exact tokens of a program."""
+
+LOG2_E: Final = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def soft_capped(scores, softcap):
+    """``softcap * tanh(scores / softcap)``, in units of ``exp2``."""
+    # tanh(x) = 1 - 2 / (exp(2 x) + 1): right at both infinities.
+    exponential = tl.exp2(scores / softcap * (2.0 * LOG2_E))
+    return (1.0 - 2.0 / (exponential + 1.0)) * (softcap * LOG2_E)
+
+
+@triton.jit
+def _places(FIRST: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr):
+    """Channels of a tile; places behind COUNT repeat the last one, their queries are zero."""
+    place = tl.arange(0, TILE)
+    if TILE > COUNT:
+        place = tl.minimum(place, COUNT - 1)
+    return FIRST + place
+
+
+@triton.jit
+def _keys(
+    words,
+    half_range,
+    center,
+    table,
+    row,
+    shift,
+    group,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    TILE: tl.constexpr,
+    D: tl.constexpr,
+    BITS: tl.constexpr,
+    SPARE: tl.constexpr,
+):
+    """Keys before RoPE, f16 ``[64, TILE]``, of channels FIRST to FIRST + COUNT - 1."""
+    pair = _places(FIRST // 2, COUNT // 2, TILE // 2)
+    channel = _places(FIRST, COUNT, TILE)
+    coded = group_words(8 * D, words + row[:, None] * (D // 2) + pair[None, :], group, BITS, SPARE)
+    numbers = decode_pairs(coded, shift[:, None], table, BITS)
+    return numbers * tl.load(half_range + channel)[None, :] + tl.load(center + channel)[None, :]
+
+
+@triton.jit
+def _query(query, FIRST: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, head_offset, valid):
+    """Queries f32 ``[TILE, N]``, zero where there is none."""
+    place = tl.arange(0, TILE)
+    mask = (place < COUNT)[:, None] & valid[None, :]
+    return tl.load(query + head_offset[None, :] + FIRST + place[:, None], mask=mask, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _attend_group(
+    state_max,
+    state_sum,
+    state_center,
+    state_out,
+    page_query_first,
+    page_query_second,
+    query_rest,
+    query_scale,
+    key_words,
+    value_words,
+    page_scales,
+    half_range,
+    center,
+    key_table,
+    value_table,
+    offset_cos,
+    offset_sin,
+    phase_high,
+    phase_low,
+    base,
+    positions,
+    rotary_scaling,
+    weights,
+    group_max,
+    group,
+    length,
+    softcap,
+    group_head,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_TILE: tl.constexpr,
+    REST_TILE: tl.constexpr,
+    D_TILE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KEY_OUTLIERS: tl.constexpr,
+    VALUE_OUTLIERS: tl.constexpr,
+    IRREGULAR: tl.constexpr,
+    SPARE: tl.constexpr,
+):
+    """Take 64 tokens of a page into the running softmax."""
+    token = tl.arange(0, GROUP)
+    place = group * GROUP + token
+    row, subset = token % 16, token // 16
+    shift = group_shift(subset, group, K_BITS)
+    scores = tl.zeros([GROUP, group_head.shape[0]], tl.float32)
+    if HALF > 0:
+        first = _keys(
+            key_words, half_range, center, key_table, row, shift, group,
+            0, HALF, HALF_TILE, D, K_BITS, SPARE,
+        )  # fmt: skip
+        second = _keys(
+            key_words, half_range, center, key_table, row, shift, group,
+            HALF, HALF, HALF_TILE, D, K_BITS, SPARE,
+        )  # fmt: skip
+        pair = _places(0, HALF, HALF_TILE)
+        if IRREGULAR:
+            high = tl.load(phase_high + pair)[None, :]
+            low = tl.load(phase_low + pair)[None, :]
+            # Absolute, and the page's queries are not turned back.
+            position = tl.load(positions + place, mask=base < 0, other=0)
+            position = tl.where(base < 0, position, base + place)
+            cos, sin = cos_sin(position[:, None], high, low)
+            cos = (cos * rotary_scaling).to(tl.float16)
+            sin = (sin * rotary_scaling).to(tl.float16)
+        else:
+            cos = tl.load(offset_cos + place[:, None] * HALF + pair[None, :])
+            sin = tl.load(offset_sin + place[:, None] * HALF + pair[None, :])
+        scores = tl.dot(first * cos - second * sin, page_query_first, scores)
+        scores = tl.dot(second * cos + first * sin, page_query_second, scores)
+    if REST_TILE > 0:
+        rest = _keys(
+            key_words, half_range, center, key_table, row, shift, group,
+            2 * HALF, D - 2 * HALF, REST_TILE, D, K_BITS, SPARE,
+        )  # fmt: skip
+        scores = tl.dot(rest, query_rest, scores)
+    scores *= query_scale[None, :]
+    kept = weights + place[:, None] * G + group_head[None, :]
+    is_head = (group_head < G)[None, :]
+    if KEY_OUTLIERS:
+        scores += tl.load(kept, mask=is_head, other=0.0).to(tl.float32)
+    if SOFTCAP:
+        scores = soft_capped(scores, softcap)
+    scores = tl.where((place < length)[:, None], scores, -float("inf"))
+
+    largest = tl.maximum(state_max, tl.max(scores, axis=0))
+    weight = tl.exp2(scores - largest[None, :])
+    decay = tl.exp2(state_max - largest)
+    state_sum = state_sum * decay + tl.sum(weight, axis=0)
+    if VALUE_OUTLIERS:
+        tl.store(kept, weight.to(tl.float16), mask=is_head)
+        tl.store(group_max + group * G + group_head, largest, mask=group_head < G)
+
+    # A value is half_range * z + center of its token: both fold into the weights. The largest
+    # half-range of the group is taken out, so that what f16 has to hold is at most 1.
+    token_range = tl.load(page_scales + 2 * place).to(tl.float32)
+    token_center = tl.load(page_scales + 2 * place + 1).to(tl.float32)
+    state_center = state_center * decay + tl.sum(weight * token_center[:, None], axis=0)
+    widest = tl.max(token_range, axis=0)
+    weight = weight * (token_range / widest)[:, None]
+    channel = _places(0, D, D_TILE)
+    pair = tl.arange(0, GROUP // 2)
+    coded = group_words(
+        8 * D, value_words + channel[:, None] * 8 + (pair % 8)[None, :], group, V_BITS, SPARE
+    )
+    values = decode_pairs(
+        coded, group_shift(pair // 8, group, V_BITS)[None, :], value_table, V_BITS
+    )
+    added = tl.dot(values, weight.to(tl.float16))
+    state_out = state_out * decay[None, :] + added * widest
+    return largest, state_sum, state_center, state_out
+
+
+@triton.jit
+def decode_splits(
+    query,
+    key_words,
+    key_half_range,
+    key_center,
+    key_table,
+    value_words,
+    value_scales,
+    value_table,
+    block_table,
+    lengths,
+    base_positions,
+    irregular_positions,
+    phase_high,
+    phase_low,
+    offset_cos,
+    offset_sin,
+    exact_keys,
+    exact_values,
+    exact_positions,
+    weights,
+    group_max,
+    split_out,
+    split_max,
+    split_sum,
+    table_width,
+    weight_tokens,
+    exact_room,
+    score_scale,
+    softcap,
+    rotary_scaling,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_TILE: tl.constexpr,
+    REST_TILE: tl.constexpr,
+    D_TILE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    SCALE_HEADS: tl.constexpr,
+    EXACT_SPLITS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KEY_OUTLIERS: tl.constexpr,
+    VALUE_OUTLIERS: tl.constexpr,
+    IRREGULAR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Program ``(split, h, b)``; the first EXACT_SPLITS splits are tiles of exact tokens.
+
+    Writes the split's largest score (in units of ``exp2``), its sum of weights, and its weighted
+    values relative to them: f32 ``[B, H, splits, G]``, twice, and ``[B, H, splits, G, D]``.
+    """
+    split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(0)
+    group_head = tl.arange(0, N)
+    valid = group_head < G
+    query += (batch * H + head) * G * D
+    head_offset = group_head * D
+    query_first = tl.zeros([HALF_TILE, N], tl.float32)
+    query_second = tl.zeros([HALF_TILE, N], tl.float32)
+    query_rest = tl.zeros([REST_TILE if REST_TILE > 0 else 16, N], tl.float32)
+    largest = tl.full([N], 0.0, tl.float32)
+    if HALF > 0:
+        query_first = _query(query, 0, HALF, HALF_TILE, head_offset, valid)
+        query_second = _query(query, HALF, HALF, HALF_TILE, head_offset, valid)
+        largest = tl.maximum(
+            tl.max(tl.abs(query_first), axis=0), tl.max(tl.abs(query_second), axis=0)
+        )
+    if REST_TILE > 0:
+        query_rest = _query(query, 2 * HALF, D - 2 * HALF, REST_TILE, head_offset, valid)
+        largest = tl.maximum(largest, tl.max(tl.abs(query_rest), axis=0))
+
+    state_max = tl.full([N], -float("inf"), tl.float32)
+    state_sum = tl.zeros([N], tl.float32)
+    state_center = tl.zeros([N], tl.float32)
+    state_out = tl.zeros([D_TILE, N], tl.float32)
+    row_lengths = lengths + batch * 3
+
+    if split < EXACT_SPLITS:
+        count = tl.load(row_lengths + 1) + tl.load(row_lengths + 2)
+        place = split * EXACT_TILE + tl.arange(0, EXACT_TILE)
+        held = place < count
+        line = (batch * H + head).to(tl.int64) * exact_room
+        keys = exact_keys + (line + place)[:, None] * D
+        scores = tl.zeros([EXACT_TILE, N], tl.float32)
+        if split * EXACT_TILE < count:
+            if HALF > 0:
+                pair = tl.arange(0, HALF_TILE)
+                loaded = held[:, None] & (pair < HALF)[None, :]
+                first = tl.load(keys + pair[None, :], mask=loaded, other=0.0).to(tl.float32)
+                second = tl.load(keys + HALF + pair[None, :], mask=loaded, other=0.0).to(tl.float32)
+                position = tl.load(exact_positions + batch * exact_room + place, mask=held, other=0)
+                high = tl.load(phase_high + pair, mask=pair < HALF, other=0)[None, :]
+                low = tl.load(phase_low + pair, mask=pair < HALF, other=0)[None, :]
+                cos, sin = cos_sin(position[:, None], high, low)
+                cos *= rotary_scaling
+                sin *= rotary_scaling
+                scores = tl.dot(
+                    first * cos - second * sin, query_first, scores, input_precision=PRECISION
+                )
+                scores = tl.dot(
+                    second * cos + first * sin, query_second, scores, input_precision=PRECISION
+                )
+            if REST_TILE > 0:
+                pair = tl.arange(0, REST_TILE)
+                loaded = held[:, None] & (pair < D - 2 * HALF)[None, :]
+                rest = tl.load(keys + 2 * HALF + pair[None, :], mask=loaded, other=0.0)
+                scores = tl.dot(rest.to(tl.float32), query_rest, scores, input_precision=PRECISION)
+            scores *= score_scale
+            if SOFTCAP:
+                scores = soft_capped(scores, softcap)
+            scores = tl.where(held[:, None], scores, -float("inf"))
+            state_max = tl.max(scores, axis=0)
+            weight = tl.exp2(scores - state_max[None, :])
+            state_sum = tl.sum(weight, axis=0)
+            channel = tl.arange(0, D_TILE)
+            values = tl.load(
+                exact_values + (line + place)[None, :] * D + channel[:, None],
+                mask=held[None, :] & (channel < D)[:, None],
+                other=0.0,
+            )
+            state_out = tl.dot(values.to(tl.float32), weight, state_out, input_precision=PRECISION)
+    else:
+        # What f16 has to hold of a query is at most sqrt(2).
+        largest = tl.where(largest > 0, largest, 1.0)
+        query_first /= largest[None, :]
+        query_second /= largest[None, :]
+        rest_half = (query_rest / largest[None, :]).to(tl.float16)
+        query_scale = largest * score_scale
+        pages = tl.load(row_lengths)
+        each = tl.cdiv(pages, splits - EXACT_SPLITS)
+        start = (split - EXACT_SPLITS) * each
+        pair = _places(0, HALF, HALF_TILE) if HALF > 0 else tl.arange(0, HALF_TILE)
+        high = tl.load(phase_high + pair) if HALF > 0 else tl.zeros([HALF_TILE], tl.int32)
+        low = tl.load(phase_low + pair) if HALF > 0 else tl.zeros([HALF_TILE], tl.int32)
+        half_range = key_half_range + head * D
+        center = key_center + head * D
+        row_weights = weights + (batch * H + head).to(tl.int64) * weight_tokens * G
+        row_max = group_max + (batch * H + head).to(tl.int64) * (weight_tokens // GROUP) * G
+        for index in range(start, tl.minimum(start + each, pages)):
+            entry = tl.load(block_table + batch * table_width + index)
+            page = (entry & 0x7FFFFF).to(tl.int64)
+            length = 256 - (entry >> 23)
+            base = tl.load(base_positions + page)
+            positions = irregular_positions - (base + 1) * 256
+            if IRREGULAR:
+                page_first = query_first.to(tl.float16)
+                page_second = query_second.to(tl.float16)
+            else:
+                cos, sin = cos_sin(tl.full([HALF_TILE], base, tl.int32), high, low)
+                cos, sin = cos[:, None], sin[:, None]
+                page_first = (query_first * cos + query_second * sin).to(tl.float16)
+                page_second = (query_second * cos - query_first * sin).to(tl.float16)
+            page_key_words = key_words + (page * H + head) * (K_BITS * 8 * D)
+            page_value_words = value_words + (page * H + head) * (V_BITS * 8 * D)
+            scale_head = head if SCALE_HEADS > 1 else 0
+            page_scales = value_scales + (page * SCALE_HEADS + scale_head) * 512
+            page_weights = row_weights + index * 256 * G
+            page_max = row_max + index * GROUPS * G
+            WITH_SPARE: tl.constexpr = K_BITS == 3 or V_BITS == 3
+            for group in range(3 if WITH_SPARE else 4):
+                state_max, state_sum, state_center, state_out = _attend_group(
+                    state_max, state_sum, state_center, state_out,
+                    page_first, page_second, rest_half, query_scale,
+                    page_key_words, page_value_words, page_scales, half_range, center,
+                    key_table, value_table, offset_cos, offset_sin, phase_high, phase_low,
+                    base, positions, rotary_scaling, page_weights, page_max, group, length, softcap,
+                    group_head, G, D, HALF, HALF_TILE, REST_TILE, D_TILE, K_BITS, V_BITS,
+                    SOFTCAP, KEY_OUTLIERS, VALUE_OUTLIERS, IRREGULAR, False,
+                )  # fmt: skip
+            if WITH_SPARE:
+                state_max, state_sum, state_center, state_out = _attend_group(
+                    state_max, state_sum, state_center, state_out,
+                    page_first, page_second, rest_half, query_scale,
+                    page_key_words, page_value_words, page_scales, half_range, center,
+                    key_table, value_table, offset_cos, offset_sin, phase_high, phase_low,
+                    base, positions, rotary_scaling, page_weights, page_max, 3, length, softcap,
+                    group_head, G, D, HALF, HALF_TILE, REST_TILE, D_TILE, K_BITS, V_BITS,
+                    SOFTCAP, KEY_OUTLIERS, VALUE_OUTLIERS, IRREGULAR, True,
+                )  # fmt: skip
+        state_out += state_center[None, :]
+
+    place = ((batch * H + head).to(tl.int64) * splits + split) * G + group_head
+    tl.store(split_max + place, state_max, mask=valid)
+    tl.store(split_sum + place, state_sum, mask=valid)
+    channel = tl.arange(0, D_TILE)
+    tl.store(
+        split_out + place[None, :] * D + channel[:, None],
+        state_out,
+        mask=valid[None, :] & (channel < D)[:, None],
+    )

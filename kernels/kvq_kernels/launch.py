@@ -1,0 +1,54 @@
+"""How kernels are launched: in one place, by device."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+
+from kvq_formats.errors import KVQError
+
+WAVES = 2
+"""Programs a multiprocessor that a decode step is cut into, if there are pages for them."""
+
+LARGEST_GROUP = 16
+
+
+def group_tile(G: int, *, device: torch.device) -> int:
+    """Width of the query heads' side of a tile: a matrix instruction's, at least G.
+
+    Raises KVQError for groups beyond 16.
+    """
+    if G > LARGEST_GROUP:
+        raise KVQError(
+            f"{G} query heads share a key/value head; Triton kernels take up to {LARGEST_GROUP}.",
+            hint="--impl reference (impl='reference' in Python)",
+        )
+    smallest = 16 if is_amd() and device.type == "cuda" else 8
+    return max(smallest, int(triton.next_power_of_2(G)))
+
+
+def is_amd() -> bool:
+    """Whether torch was built for ROCm."""
+    return torch.version.hip is not None
+
+
+def warp_lanes(device: torch.device) -> int:
+    """Threads of a warp."""
+    return 64 if is_amd() and device.type == "cuda" else 32
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors or compute units; 1 for a CPU, which interprets."""
+    if device.type != "cuda":
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def page_splits(*, batch: int, num_kv_heads: int, max_pages: int, device: torch.device) -> int:
+    """Programs that the pages of a row and head are shared out to."""
+    room = WAVES * multiprocessors(device) // (batch * num_kv_heads)
+    return max(1, min(room, max_pages))

@@ -1,0 +1,239 @@
+"""Decode kernels, and their reference, against attention by the book in f64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dense_attention import U16, U32, DenseRow, dense_row, score_errors
+from kvq_formats.config import PAGE_TOKENS
+from kvq_formats.errors import KVQError
+from kvq_kernels import decode_reference
+from kvq_kernels.attention import AttentionOptions
+from kvq_kernels.decode import decode
+from kvq_kernels.kernel_tables import KernelTables
+from kvq_kernels.packed_rows import table_entry
+from kvq_kernels.phases import Phases
+from packed_cases import PackedCase, cut_last_pages, make_case, on_device
+from poisoned import PoisonedWorkspace
+
+SIGMAS = 6
+
+
+def run(case: PackedCase, options: AttentionOptions, device: torch.device, **how: Any) -> Tensor:
+    found = decode(
+        case.query.to(device),
+        on_device(case.rows, device),
+        KernelTables.of(case.parameters, case.config, device=device),
+        Phases.of(case.angles, device=device),
+        options=options,
+        workspace=PoisonedWorkspace(),
+        **how,
+    )
+    assert found.dtype == torch.float32
+    return found.cpu().double()
+
+
+def run_reference(case: PackedCase, options: AttentionOptions) -> Tensor:
+    tables = KernelTables.of(case.parameters, case.config, device="cpu")
+    return decode_reference.decode(
+        case.query.double(), case.rows, tables, case.angles, options=options
+    )
+
+
+def exact_bound(case: PackedCase, row: int, dense: DenseRow, options: AttentionOptions) -> Tensor:
+    """Largest difference ``[HQ, D]`` where scores are exact but for those of outliers.
+
+    What is left: weights are rounded to f16, each by up to U16 of itself, or by 2**-25 of the
+    largest where they are that small, and their sum is a sum of independent errors (Hoeffding:
+    beyond 6 standard bounds once in 10**7). Scores of key outliers are rounded to f16, and f32
+    rounds sums of N terms.
+    """
+    H, N, D = dense.values.shape
+    weights = dense.weights.view(H, -1, N)
+    spread = torch.einsum("hgn,hnd->hgd", weights**2, dense.values**2).sqrt().flatten(0, 1)
+    largest = weights.amax(-1).flatten()[:, None] * dense.values.abs().max()
+    outliers = torch.einsum(
+        "hgd,hnd->hgn", case.query[row].double().view(H, -1, D), dense.outlier_keys
+    )
+    score_error = U16 * outliers.abs() * options.scaling + 16 * U32 * dense.scores.abs().view(
+        H, -1, N
+    )
+    away = dense.values[:, None] - dense.output.view(H, -1, 1, D)
+    moved = torch.einsum("hgn,hgnd->hgd", weights * score_error, away.abs()).flatten(0, 1)
+    absolute = torch.einsum("hgn,hnd->hgd", weights, dense.values.abs()).flatten(0, 1)
+    return (
+        SIGMAS * 2 * U16 * spread
+        + SIGMAS * 2.0**-25 * math.sqrt(N) * largest
+        + 1.1 * moved
+        + (N + 64) * U32 * absolute
+    )
+
+
+def check(case: PackedCase, device: torch.device, options: AttentionOptions | None = None) -> None:
+    options = options or AttentionOptions(scaling=case.scaling)
+    found, reference = run(case, options, device), run_reference(case, options)
+    for row in range(len(found)):
+        dense = dense_row(case, row, options)
+        if dense.keys.shape[1] == 0:
+            assert (found[row] == 0).all()
+            continue
+        bound = exact_bound(case, row, dense, options)
+        excess = (found[row] - dense.output).abs() / bound
+        assert excess.max() <= 1, f"row {row}: {excess.max():.2f} times the bound"
+        assert (reference[row] - dense.output).abs().max() <= 1e-5 * dense.values.abs().max()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"key_bits": 2, "value_bits": 2},
+        {"key_bits": 3, "value_bits": 3, "G": 8},
+        {"key_bits": 4, "value_bits": 4, "G": 1, "H": 2},
+        {"key_bits": 2, "value_bits": 3, "G": 3},
+        {"key_bits": 4, "value_bits": 2, "G": 7, "value_grain": "head", "H": 2},
+        {"key_bits": 3, "value_bits": 4, "G": 16, "outlier_fraction": 0.0},
+        {"key_bits": 2, "value_bits": 2, "outlier_fraction": 0.0, "D": 80, "rotary_dim": 20},
+        {"key_bits": 4, "value_bits": 4, "outlier_fraction": 0.0, "D": 96, "G": 5},
+        {"key_bits": 3, "value_bits": 3, "D": 128, "tokens": (300,)},
+        {"key_bits": 3, "value_bits": 3, "D": 256, "tokens": (300,), "G": 2},
+        {"key_bits": 4, "value_bits": 3, "D": 80, "tokens": (530,)},
+        {"key_bits": 3, "value_bits": 2, "D": 64, "rotary_dim": 16, "G": 2},
+        {"key_bits": 2, "value_bits": 4, "D": 16, "H": 3, "tokens": (1000, 300)},
+    ],
+)
+def test_shapes_and_widths(how: dict[str, Any], device: torch.device) -> None:
+    check(make_case(**how), device)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ragged_rows(bits: int, device: torch.device) -> None:
+    """No token, one, and one more or less than fills sinks, tail or a page."""
+    tokens = (0, 1, 2, 255, 256, 257, 258, 513, 1000)
+    check(make_case(tokens=tokens, key_bits=bits, value_bits=bits, D=16, G=2), device)
+
+
+@pytest.mark.parametrize(
+    ("spread", "config"),
+    [
+        (0.9, {}),  # no key is an outlier
+        (1.1, {}),  # 9 % are: pools overflow
+        (1.02, {"outlier_capacity": 0.05}),  # 2 %: pools have room
+        (1.5, {"outlier_fraction": 0.2}),  # and lists of values with many entries
+    ],
+)
+def test_pools_empty_filled_and_overflowing(
+    spread: float, config: dict[str, Any], device: torch.device
+) -> None:
+    case = make_case(spread=spread, D=32, H=2, G=2, **config)
+    used = case.rows.key_pages.outlier_counts.sum(-1)
+    capacity = case.rows.key_pages.outliers.shape[-1]
+    assert bool((used == 0).all()) == (spread < 1)
+    assert bool((used == capacity).all()) == (spread > 1.05)
+    check(case, device)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_softcap_and_learned_sinks(
+    softcap: float | None, with_sinks: bool, device: torch.device
+) -> None:
+    case = make_case(tokens=(400, 0, 20), D=32, G=3)
+    logits = torch.tensor([0.5, -2.0, 4.0], device=device) if with_sinks else None
+    check(case, device, AttentionOptions(case.scaling, softcap=softcap, sink_logits=logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_16_bits(dtype: torch.dtype, device: torch.device) -> None:
+    check(make_case(D=32, dtype=dtype, exact_dtype=dtype), device)
+
+
+@pytest.mark.parametrize("length", [1, 17, 64, 65, 255])
+def test_pages_that_were_cut(length: int, device: torch.device) -> None:
+    check(cut_last_pages(make_case(tokens=(600, 300), D=16, G=2), length), device)
+
+
+def test_pages_whose_positions_jump(device: torch.device) -> None:
+    case = make_case(tokens=(900,), D=32, G=2)
+    base = case.rows.key_pages.base_positions
+    base[case.rows.block_table[0, 1] & 0xFF] = -2
+    jumps = torch.arange(2 * PAGE_TOKENS, dtype=torch.int32).view(2, PAGE_TOKENS) * 3 + 11
+    check(replace(case, rows=replace(case.rows, irregular_positions=jumps)), device)
+
+
+def test_rows_share_pages(device: torch.device) -> None:
+    case = make_case(tokens=(600, 600), D=16, G=2)
+    case.rows.block_table[1] = case.rows.block_table[0]
+    check(case, device)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_any_number_of_splits_gives_the_same(splits: int, device: torch.device) -> None:
+    case = make_case(tokens=(1100, 300), D=16, G=2)
+    options = AttentionOptions(scaling=case.scaling)
+    one = run(case, options, device, splits=1)
+    many = run(case, options, device, splits=splits)
+    for row in range(2):
+        # A weight is rounded relative to the largest score that its split has met.
+        bound = exact_bound(case, row, dense_row(case, row, options), options)
+        assert ((one[row] - many[row]).abs() <= 2 * bound).all()
+
+
+def test_more_room_in_the_table_changes_nothing(device: torch.device) -> None:
+    case = make_case(tokens=(600,), D=16, G=2)
+    options = AttentionOptions(scaling=case.scaling)
+    wide = torch.nn.functional.pad(case.rows.block_table, (0, 5), value=table_entry(10**6, 1))
+    roomy = replace(case, rows=replace(case.rows, block_table=wide))
+    assert torch.equal(run(case, options, device, splits=2), run(roomy, options, device, splits=2))
+    assert torch.equal(
+        run(case, options, device, splits=2), run(roomy, options, device, splits=2, max_pages=2)
+    )
+
+
+@pytest.mark.parametrize("first_position", [0, 2**20 - 400])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_any_numbers_at_any_position(bits: int, first_position: int, device: torch.device) -> None:
+    """Against f64: the root mean square of what differs is what roundings to 16 bits explain."""
+    case = make_case(
+        tokens=(800,), key_bits=bits, value_bits=bits, exact=False, first_position=first_position
+    )
+    options = AttentionOptions(scaling=case.scaling)
+    found = run(case, options, device)[0]
+    dense = dense_row(case, 0, options)
+    H, N, D = dense.values.shape
+    away = dense.values[:, None] - dense.output.view(H, -1, 1, D)
+    weights = dense.weights.view(H, -1, N)
+    # Weights carry their score's error, and two roundings of their own and of a value's scale.
+    deviation = score_errors(case, 0, dense, options).view(H, -1, N)
+    variance = torch.einsum("hgn,hgnd->hgd", (weights * deviation) ** 2, away**2)
+    variance += torch.einsum("hgn,hnd->hgd", weights**2, dense.values**2) * 3 * U16**2 / 3
+    expected = variance.mean().sqrt()
+    error = (found - dense.output).square().mean().sqrt()
+    assert error <= 1.5 * expected
+    # What it is worth: a wrong position of one page in three would be seen.
+    assert dense.output.square().mean().sqrt() > 20 * expected
+
+
+def test_groups_that_are_too_large(device: torch.device) -> None:
+    case = make_case(tokens=(10,), G=17, D=16)
+    with pytest.raises(KVQError, match="17 query heads share") as caught:
+        run(case, AttentionOptions(scaling=1.0), device)
+    assert "--impl reference" in caught.value.hint
+
+
+def test_rotary_halves_of_odd_length(device: torch.device) -> None:
+    case = make_case(tokens=(10,), D=16, rotary_dim=6)
+    with pytest.raises(KVQError, match="rotates 6 of 16 channels"):
+        run(case, AttentionOptions(scaling=1.0), device)
+
+
+def test_keys_beyond_16_bits(device: torch.device) -> None:
+    case = make_case(tokens=(10,), D=16)
+    key = replace(case.parameters.key, center=case.parameters.key.center + 5e4)
+    with pytest.raises(KVQError, match=r"keys of this model reach 7\.\d+e\+04"):
+        KernelTables.of(replace(case.parameters, key=key), case.config, device=device)
