@@ -86,7 +86,9 @@ def keep_largest(magnitude: Tensor, candidates: Tensor, room: Tensor) -> Tensor:
 def quantize_residuals(residual: Tensor, *, step: float, index_bits: int) -> Tensor:
     """Residuals f32, in units of half_range, to signed steps i32, saturating."""
     low, high = residual_limits(index_bits)
-    return (residual / step).round().clamp(low, high).int()
+    # By a tensor: torch on CUDA multiplies by the reciprocal of a number, which rounds otherwise.
+    steps = residual / torch.tensor(step, dtype=residual.dtype, device=residual.device)
+    return steps.round().clamp(low, high).int()
 
 
 def pack_entries(kept: Tensor, steps: Tensor, index: Tensor, *, bits: int, capacity: int) -> Tensor:

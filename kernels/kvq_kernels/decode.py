@@ -24,7 +24,7 @@ from kvq_kernels.decode_merge import merge_splits
 from kvq_kernels.decode_outliers import key_outlier_scores, value_outlier_sums
 from kvq_kernels.decode_splits import EXACT_TILE, LOG2_E, decode_splits
 from kvq_kernels.kernel_tables import KernelTables, channel_tiles
-from kvq_kernels.launch import group_tile, page_splits, warp_lanes
+from kvq_kernels.launch import current, group_tile, page_splits, warp_lanes
 from kvq_kernels.packed_rows import PackedRows
 from kvq_kernels.pair_lookup import GROUP
 from kvq_kernels.phases import Phases
@@ -109,91 +109,92 @@ def decode(
     part = warp_lanes(device)
     tiles = channel_tiles(D, phases)
     scale_heads = rows.value_pages.scales.shape[1]
-    if key_outliers:
-        key_outlier_scores[(max_pages * (PAGE_TOKENS // part), H, B)](
+    output = torch.empty(B, HQ, D, dtype=torch.float32, device=device)
+    sinks = options.sink_logits
+    with current(device):
+        if key_outliers:
+            key_outlier_scores[(max_pages * (PAGE_TOKENS // part), H, B)](
+                query=query,
+                pools=rows.key_pages.outliers,
+                counts=rows.key_pages.outlier_counts,
+                half_range=tables.outlier_half_range,
+                residual_step=tables.parameters.key.outlier_step,
+                **shared,
+                **rotary,
+                N=small,
+                D=D,
+                HALF=tiles["HALF"],
+                CAPACITY=rows.key_pages.outliers.shape[-1],
+                CHANNEL_BITS=outliers.channel_bits(D),
+                PART=part,
+                num_warps=1,
+            )
+        decode_splits[(all_splits, H, B)](
             query=query,
-            pools=rows.key_pages.outliers,
-            counts=rows.key_pages.outlier_counts,
-            half_range=tables.outlier_half_range,
-            residual_step=tables.parameters.key.outlier_step,
+            key_words=rows.key_pages.words.view(torch.int32),
+            key_half_range=tables.half_range,
+            key_center=tables.center,
+            key_table=tables.key_pairs,
+            value_words=rows.value_pages.words.view(torch.int32),
+            value_scales=rows.value_pages.scales,
+            value_table=tables.value_pairs,
             **shared,
             **rotary,
-            N=small,
-            D=D,
-            HALF=tiles["HALF"],
-            CAPACITY=rows.key_pages.outliers.shape[-1],
-            CHANNEL_BITS=outliers.channel_bits(D),
-            PART=part,
-            num_warps=1,
-        )
-    decode_splits[(all_splits, H, B)](
-        query=query,
-        key_words=rows.key_pages.words.view(torch.int32),
-        key_half_range=tables.half_range,
-        key_center=tables.center,
-        key_table=tables.key_pairs,
-        value_words=rows.value_pages.words.view(torch.int32),
-        value_scales=rows.value_pages.scales,
-        value_table=tables.value_pairs,
-        **shared,
-        **rotary,
-        offset_cos=phases.offset_cos,
-        offset_sin=phases.offset_sin,
-        exact_keys=rows.exact_keys,
-        exact_values=rows.exact_values,
-        exact_positions=rows.exact_positions,
-        group_max=group_max,
-        split_out=split_out,
-        split_max=split_max,
-        split_sum=split_sum,
-        exact_room=room,
-        softcap=options.softcap or 1.0,
-        N=N,
-        **tiles,
-        K_BITS=tables.config.key_bits,
-        V_BITS=tables.config.value_bits,
-        SCALE_HEADS=scale_heads,
-        EXACT_SPLITS=exact_splits,
-        SOFTCAP=options.softcap is not None,
-        KEY_OUTLIERS=key_outliers,
-        VALUE_OUTLIERS=value_outliers,
-        IRREGULAR=irregular is not None,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=MAIN_WARPS,
-        num_stages=1,
-    )
-    if value_outliers:
-        value_outlier_sums[(splits * triton.cdiv(D, part), H, B)](
-            lists=rows.value_pages.outliers,
-            offsets=rows.value_pages.outlier_offsets,
-            scales=rows.value_pages.scales,
-            **shared,
+            offset_cos=phases.offset_cos,
+            offset_sin=phases.offset_sin,
+            exact_keys=rows.exact_keys,
+            exact_values=rows.exact_values,
+            exact_positions=rows.exact_positions,
             group_max=group_max,
             split_out=split_out,
             split_max=split_max,
-            residual_step=tables.parameters.value.outlier_step,
-            N=small,
-            D=D,
-            CAPACITY=rows.value_pages.outliers.shape[-1],
+            split_sum=split_sum,
+            exact_room=room,
+            softcap=options.softcap or 1.0,
+            N=N,
+            **tiles,
+            K_BITS=tables.config.key_bits,
+            V_BITS=tables.config.value_bits,
             SCALE_HEADS=scale_heads,
             EXACT_SPLITS=exact_splits,
-            PART=part,
-            num_warps=1,
+            SOFTCAP=options.softcap is not None,
+            KEY_OUTLIERS=key_outliers,
+            VALUE_OUTLIERS=value_outliers,
+            IRREGULAR=irregular is not None,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            num_warps=MAIN_WARPS,
+            num_stages=1,
         )
-    output = torch.empty(B, HQ, D, dtype=torch.float32, device=device)
-    sinks = options.sink_logits
-    merge_splits[(HQ, B)](
-        split_out,
-        split_max,
-        split_sum,
-        output if sinks is None else sinks.float().contiguous(),
-        output,
-        all_splits,
-        HQ=HQ,
-        G=G,
-        D=D,
-        D_TILE=tiles["D_TILE"],
-        SINK_LOGITS=sinks is not None,
-        num_warps=4,
-    )
+        if value_outliers:
+            value_outlier_sums[(splits * triton.cdiv(D, part), H, B)](
+                lists=rows.value_pages.outliers,
+                offsets=rows.value_pages.outlier_offsets,
+                scales=rows.value_pages.scales,
+                **shared,
+                group_max=group_max,
+                split_out=split_out,
+                split_max=split_max,
+                residual_step=tables.parameters.value.outlier_step,
+                N=small,
+                D=D,
+                CAPACITY=rows.value_pages.outliers.shape[-1],
+                SCALE_HEADS=scale_heads,
+                EXACT_SPLITS=exact_splits,
+                PART=part,
+                num_warps=1,
+            )
+        merge_splits[(HQ, B)](
+            split_out,
+            split_max,
+            split_sum,
+            output if sinks is None else sinks.float().contiguous(),
+            output,
+            all_splits,
+            HQ=HQ,
+            G=G,
+            D=D,
+            D_TILE=tiles["D_TILE"],
+            SINK_LOGITS=sinks is not None,
+            num_warps=4,
+        )
     return output

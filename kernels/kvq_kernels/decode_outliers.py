@@ -5,6 +5,7 @@ token and of values by channel, so that a lane that owns a token, or a channel, 
 nothing is scattered, and no two lanes write to one place. All lanes of a program walk as far as its
 longest run, so a program is one warp, with a *part* of the tokens or channels, one a lane.
 """
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ Scores are kept as ``[tokens, group]`` and outputs as ``[channels, group]``: tok
 fill the long side of a matrix instruction, the query heads that share a key/value head the short
 one, so that every number of the cache is decoded once a group (``docs/kernels.md``).
 """
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 

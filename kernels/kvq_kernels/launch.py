@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -27,6 +29,11 @@ def group_tile(G: int, *, device: torch.device) -> int:
         )
     smallest = 16 if is_amd() and device.type == "cuda" else 8
     return max(smallest, int(triton.next_power_of_2(G)))
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which need not be that of the numbers."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def is_amd() -> bool:

@@ -5,6 +5,7 @@ A shift and a mask leave both codes of a subset, and one load of 32 bits gives b
 The table has 16, 128 or 256 words (2, 3, 4 bits) and stays in the first-level cache. Kernels read
 pages in *groups* of 64 tokens: four subsets of 16, one plane, or half a plane at 2 bits.
 """
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ The phase is off by less than ``2**-32`` turns from rounding down, and by ``posi
 rounding F, together under ``2**-31`` turns (3e-9 radians) for every position below ``2**31``. No
 f64, which is slow or absent on many devices, no table that grows with the context.
 """
+# mypy: allow-untyped-defs
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,23 +42,17 @@ class LayerKernels:
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[KeyPages, ValuePages]:
         """Pages of ``[H, P * 256, D]``; base positions are not set."""
-        with self._device():
-            return self.keys.pack(keys), self.values.pack(values)
+        return self.keys.pack(keys), self.values.pack(values)
 
     def decode(
         self, query: Tensor, rows: PackedRows, angles: RotaryAngles, options: AttentionOptions
     ) -> Tensor:
         """Attention of one query a row, ``[B, HQ, D]``, over all that the rows hold: f32."""
-        with self._device():
-            return decode.decode(
-                query,
-                rows,
-                self.tables,
-                phases_of(angles, device=self.device),
-                options=options,
-                workspace=self.workspace,
-            )
-
-    def _device(self) -> AbstractContextManager[None]:
-        # Triton launches on the current device, whatever device the tensors are on.
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        return decode.decode(
+            query,
+            rows,
+            self.tables,
+            phases_of(angles, device=self.device),
+            options=options,
+            workspace=self.workspace,
+        )
