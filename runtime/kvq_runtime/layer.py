@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import CacheFullError, KVQError
 from kvq_kernels.attention import AttentionOptions, ExactTokens, attend
-from kvq_kernels.packed_rows import PackedRows, table_entry
+from kvq_kernels.packed_rows import table_entry
 from kvq_kernels.rotary import rotate
 from kvq_runtime.exact_tokens import ExactBuffers, Tokens
 from kvq_runtime.forward import Forward, Rule
@@ -288,11 +288,11 @@ class PackedLayer(CacheLayerMixin):
         B, HQ, T, D = query.shape
         angles = self.codec.rotary.angles()
         if self.impl == "triton" and T == 1:
-            output = self.codec.kernels.decode(query[:, :, 0], self.packed_rows(), angles, options)
+            output = self.codec.kernels.decode(query[:, :, 0], self, angles, options)[:, None]
             for place, reading in enumerate(self._readings):
                 if reading.attended is not None and len(reading.attended) == 0:
                     output[place] = 0.0
-            return output[:, None]
+            return output
         dtype = torch.promote_types(query.dtype, torch.float32)
         output = query.new_zeros(B, T, HQ, D, dtype=dtype)
         for place, reading in enumerate(self._readings):
@@ -301,37 +301,26 @@ class PackedLayer(CacheLayerMixin):
             if asked.shape[1] == 0:
                 continue
             keys, values, positions = reading.exact
-            output[place, attended] = attend(
-                asked,
-                index=reading.index,
-                pages=PooledPages(self.pool, self.rows[place], angles),
-                held_pages=reading.held_pages,
-                exact=ExactTokens(
+            seen: dict[str, Any] = {
+                "index": reading.index,
+                "held_pages": reading.held_pages,
+                "exact": ExactTokens(
                     keys=rotate(keys, *angles.cos_sin(positions)),
                     values=values,
                     sinks=reading.sinks,
                     start=reading.start,
                 ),
-                recent_tokens=self.codec.recent_tokens,
-                options=options,
-                exact_prefill=rule == "exact-prefill" and T > 1,
-            )
+                "recent_tokens": self.codec.recent_tokens,
+                "options": options,
+                "exact_prefill": rule == "exact-prefill" and T > 1,
+            }
+            if self.impl == "triton":
+                found = self.codec.kernels.prefill(asked, self, place, angles, **seen)
+            else:
+                pages = PooledPages(self.pool, self.rows[place], angles)
+                found = attend(asked, pages=pages, **seen)
+            output[place, attended] = found
         return output
-
-    def packed_rows(self) -> PackedRows:
-        """All rows as kernels read them."""
-        key_pages, value_pages = self.pool.whole()
-        lengths = [(len(row.pages), row.sinks, row.tail) for row in self.rows]
-        return PackedRows(
-            key_pages=key_pages,
-            value_pages=value_pages,
-            block_table=self.block_table,
-            lengths=torch.tensor(lengths, dtype=torch.int32).to(self.device, non_blocking=True),
-            exact_keys=self.exact.keys,
-            exact_values=self.exact.values,
-            exact_positions=self.exact.positions,
-            irregular_positions=self.pool.irregular_positions if self.pool.irregular else None,
-        )
 
     def end_reading(self) -> None:
         """Let go of the last update's tokens, which are kept exactly for the attention to come."""

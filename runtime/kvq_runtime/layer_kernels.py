@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from kvq_formats.pages import KeyPages, ValuePages
-from kvq_kernels import decode
+from kvq_kernels import decode, prefill
 from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.kernel_tables import KernelTables
 from kvq_kernels.pack import KeyPacker, ValuePacker
-from kvq_kernels.packed_rows import PackedRows
+from kvq_kernels.packed_rows import PAGE_ID_MASK, PackedRows
 from kvq_kernels.phases import phases_of
 from kvq_kernels.workspace import Workspace
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from kvq_formats.config import KVQConfig
     from kvq_formats.parameters import LayerParameters
     from kvq_kernels.rotary import RotaryAngles
+    from kvq_runtime.layer import PackedLayer
+    from kvq_runtime.page_pool import PagePool
 
 
 class LayerKernels:
@@ -45,14 +47,56 @@ class LayerKernels:
         return self.keys.pack(keys), self.values.pack(values)
 
     def decode(
-        self, query: Tensor, rows: PackedRows, angles: RotaryAngles, options: AttentionOptions
+        self, query: Tensor, layer: PackedLayer, angles: RotaryAngles, options: AttentionOptions
     ) -> Tensor:
-        """Attention of one query a row, ``[B, HQ, D]``, over all that the rows hold: f32."""
+        """Attention of one query a row, ``[B, HQ, D]``, over all that the layer holds: f32."""
         return decode.decode(
             query,
-            rows,
+            packed_rows(layer),
             self.tables,
             phases_of(angles, device=self.device),
             options=options,
             workspace=self.workspace,
         )
+
+    def prefill(
+        self, query: Tensor, layer: PackedLayer, place: int, angles: RotaryAngles, **seen: Any
+    ) -> Tensor:
+        """Attention of a row's queries ``[HQ, T, D]``: f32 ``[T, HQ, D]``.
+
+        ``seen`` is what ``kvq_kernels.attention.attend`` takes beside query and pages.
+        """
+        row = layer.rows[place]
+        key_pages, value_pages = layer.pool.whole()
+        pages = prefill.KernelPages(
+            key_pages=key_pages,
+            value_pages=value_pages,
+            ids=layer.block_table[place, : len(row.pages)] & PAGE_ID_MASK,
+            lengths=row.lengths,
+            ends=row.ends,
+            tables=self.tables,
+            phases=phases_of(angles, device=self.device),
+            irregular_positions=_irregular(layer.pool),
+            workspace=self.workspace,
+        )
+        return prefill.attend(query, pages=pages, **seen)
+
+
+def packed_rows(layer: PackedLayer) -> PackedRows:
+    """All rows of a layer as decode kernels read them."""
+    key_pages, value_pages = layer.pool.whole()
+    lengths = [(len(row.pages), row.sinks, row.tail) for row in layer.rows]
+    return PackedRows(
+        key_pages=key_pages,
+        value_pages=value_pages,
+        block_table=layer.block_table,
+        lengths=torch.tensor(lengths, dtype=torch.int32).to(layer.device, non_blocking=True),
+        exact_keys=layer.exact.keys,
+        exact_values=layer.exact.values,
+        exact_positions=layer.exact.positions,
+        irregular_positions=_irregular(layer.pool),
+    )
+
+
+def _irregular(pool: PagePool) -> Tensor | None:
+    return pool.irregular_positions if pool.irregular else None

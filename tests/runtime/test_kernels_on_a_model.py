@@ -1,0 +1,104 @@
+"""A model on Triton kernels against the same model on the reference.
+
+In Triton's interpreter, or with ``KVQ_TEST_DEVICE=cuda`` on a GPU, where the table is longer.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvq_runtime import layer
+from kvq_runtime.attach import attach
+from kvq_runtime.cache import PackedCache
+from tiny_models import make_tiny_llama
+from tiny_sidecars import make_sidecar
+
+DEVICE = torch.device(os.environ.get("KVQ_TEST_DEVICE", "cpu"))
+ON_GPU = DEVICE.type == "cuda"
+U16 = 2.0**-11
+PADDING, PROMPT = 20, 290
+
+
+def logits(impl: str, *, rule: Any, steps: int, **options: Any) -> list[Tensor]:
+    """Of a padded prompt in two chunks, and of ``steps`` single tokens after it."""
+    model = make_tiny_llama().to(DEVICE)
+    sidecar = make_sidecar(3, **options)
+    generator = torch.Generator().manual_seed(0)
+    rows = 2 if ON_GPU else 1
+    total = PROMPT + 8 + steps
+    ids = torch.randint(3, 300, (rows, total), generator=generator).to(DEVICE)
+    mask = torch.ones(rows, total, dtype=torch.int64, device=DEVICE)
+    mask[0, :PADDING] = 0
+    found, at = [], 0
+    cache = PackedCache(model, sidecar)
+    with torch.inference_mode(), attach(model, sidecar, rule=rule, impl=impl):  # type: ignore[arg-type]
+        for T in (PROMPT, 8, *([1] * steps)):
+            out = model(
+                ids[:, at : at + T], attention_mask=mask[:, : at + T], past_key_values=cache
+            )
+            found.append(out.logits[:, PADDING if at == 0 else 0 :].cpu().double())
+            at += T
+    assert all(row.pages for packed in cache.layers for row in packed.rows)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [("runtime", {}), ("exact-prefill", {"recent_tokens": 5})]
+    if ON_GPU
+    else [("runtime", {"recent_tokens": 5})],
+)
+def test_logits_match_the_reference(
+    rule: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closer than two runs of the reference of which one rounds attention to 16 bits.
+
+    What kernels round is weights, keys and queries, each by up to U16 of itself: on average an
+    output moves by much less than U16 of the largest value, which is how far it is moved here.
+    """
+    steps = 20 if ON_GPU else 2
+    reference = logits("reference", rule=rule, steps=steps, **options)
+    kernels = logits("triton", rule=rule, steps=steps, **options)
+    exactly = layer.attend
+    generator = torch.Generator(device=DEVICE).manual_seed(0)
+
+    def rounded(query: Tensor, **how: Any) -> Tensor:
+        output = exactly(query, **how)
+        noise = torch.rand(output.shape, generator=generator, device=output.device) * 2 - 1
+        return output + noise * U16 * how["exact"].values.abs().max()
+
+    monkeypatch.setattr(layer, "attend", rounded)
+    moved = logits("reference", rule=rule, steps=steps, **options)
+    for expected, found, other in zip(reference, kernels, moved, strict=True):
+        assert (found - expected).abs().max() <= (other - expected).abs().max()
+        # A model that reads something else differs by as much as its logits are large.
+        assert (other - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_a_cache_that_grows_stays_readable() -> None:
+    """Slabs become one piece when kernels read them, and go on growing."""
+    model = make_tiny_llama().to(DEVICE)
+    packed = PackedCache(model, make_sidecar(2)).layers[0]
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 2, 256 * 10, 16)
+    keys, values = (torch.randn(shape, generator=generator).to(DEVICE) for _ in range(2))
+    packed.append(keys, values)
+    packed.append(keys, values)
+    assert len(packed.pool.slabs) > 1
+    before = [
+        torch.cat(parts)
+        for parts in zip(
+            *(vars(key).values() for key, _ in packed.pool.read(packed.rows[0].pages)), strict=True
+        )
+    ]
+    key, _ = packed.pool.whole()
+    assert len(packed.pool.slabs) == 1
+    for kept, field in zip(before, vars(key).values(), strict=True):
+        assert torch.equal(kept, field[packed.rows[0].pages])
+    packed.append(keys, values)
+    assert len(packed.rows[0].pages) == 29
