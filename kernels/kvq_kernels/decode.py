@@ -198,3 +198,34 @@ def decode(
             num_warps=4,
         )
     return output
+
+
+def scratch_bytes(
+    *,
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    max_pages: int,
+    exact_room: int,
+    outliers: bool,
+    device: torch.device,
+) -> int:
+    """Bytes that ``decode`` holds beside its arguments, its output included.
+
+    Args:
+        batch, num_heads, num_kv_heads, head_dim: B, HQ, H, D.
+        max_pages: width of the block table.
+        exact_room: exact tokens that a row has room for, E.
+        outliers: whether keys or values have any.
+        device: decides how many programs share a row.
+
+    Counted: of each split an output and two numbers a query head, f32; with outliers a weight in
+    f16 for each token and query head, and a number in f32 for each 64 of them.
+    """
+    splits = page_splits(batch=batch, num_kv_heads=num_kv_heads, max_pages=max_pages, device=device)
+    splits += triton.cdiv(exact_room, EXACT_TILE.value)
+    heads = batch * num_heads
+    tokens = max_pages * PAGE_TOKENS if outliers else 0
+    weights = heads * (2 * tokens + 4 * (tokens // GROUP.value))
+    return 4 * heads * (splits * (head_dim + 2) + head_dim) + weights

@@ -20,7 +20,7 @@ from kvq_formats import outliers
 from kvq_formats.codebook import Codebook
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.errors import ConfigError
-from kvq_formats.pages import KeyPages, ValuePages
+from kvq_formats.pages import KeyPages, ValuePages, allocated_bytes
 from kvq_formats.parameters import KeyParameters, ValueParameters
 from kvq_kernels.launch import current
 from kvq_kernels.pack_codes import pack_key_codes, pack_value_codes
@@ -221,6 +221,29 @@ def _uninitialised(
     return kind(
         *(torch.empty_like(getattr(sizes, field.name), device=device) for field in fields(kind))
     )
+
+
+def scratch_bytes(config: KVQConfig, *, num_pages: int, num_kv_heads: int, head_dim: int) -> int:
+    """Bytes that packing ``num_pages`` pages holds at its worst moment, the pages included.
+
+    Keys and values come one after the other: the pages of both, candidates of one, and of each
+    value scale its outliers' bounds, twice a number and a place.
+    """
+    sizes: dict[str, Any] = {
+        "num_pages": num_pages,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "device": "meta",
+    }
+    packed = sum(
+        sum(allocated_bytes(kind.allocate(config, **sizes)).values())
+        for kind in (KeyPages, ValuePages)
+    )
+    if config.outlier_fraction == 0 or num_pages == 0:
+        return packed
+    numbers = _block_pages(num_pages, num_kv_heads, head_dim) * PAGE_TOKENS
+    scales = 1 if config.value_grain == "token" else num_kv_heads
+    return packed + numbers * (num_kv_heads * head_dim * CANDIDATE_BYTES + 16 * scales)
 
 
 def _blocks(P: int, H: int, D: int) -> Iterator[tuple[int, int]]:

@@ -230,7 +230,7 @@ def generate(
     room = make_room(output, prompt_tokens, context=asked_context, new_tokens=max_new_tokens)
     warn_beyond_positions(output, room.capacity, resolved.max_positions)
     chunk = prompt_tokens if exact_prefill else prefill_chunk or PREFILL_CHUNK
-    replan = partial(plan_memory, resolved, context=room.capacity)
+    replan = partial(plan_memory, resolved, context=room.capacity, impl=requested)
     plan = replan(made, prefill_chunk=chunk, dtype=dtype.value, device=place)
     say_plan(output, plan, in_full=asked_context is not None or verbose)
     check_plan(

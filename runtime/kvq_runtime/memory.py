@@ -17,8 +17,9 @@ from kvq_formats.sidecar import Sidecar
 from kvq_runtime.available_memory import available_bytes
 from kvq_runtime.cache import BF16_BYTES, cache_bytes, cache_layers
 from kvq_runtime.generate import PREFILL_CHUNK
+from kvq_runtime.implementation import choose_implementation
 from kvq_runtime.model_files import stored_dtype
-from kvq_runtime.models import DTYPES, target_device
+from kvq_runtime.models import DTYPES, first_device, target_device
 from kvq_runtime.resolve import ResolvedModel, resolve_model
 from kvq_runtime.scratch import scratch_bytes
 from kvq_runtime.sidecars import open_sidecar
@@ -116,6 +117,7 @@ def plan_memory(
     prefill_chunk: int = PREFILL_CHUNK,
     dtype: str = "auto",
     device: str | None = None,
+    impl: str | None = None,
 ) -> MemoryPlan:
     """Count what a run would need, allocating nothing and loading no weights.
 
@@ -128,10 +130,12 @@ def plan_memory(
         dtype: of the weights: ``auto`` (as stored), ``bfloat16``, ``float16`` or ``float32``; a
             loaded model has its own. Weights that are stored quantized count as if they were not.
         device: where the model will go, as for ``--device-map``; a loaded model has its own.
+        impl: of attention over packed pages, as for ``attach``.
 
     Raises:
         ConfigError: a number or a name that makes no sense.
         ModelError, SidecarError: what cannot be found or read.
+        KVQError: ``impl`` cannot run there.
     """
     for name, number in {
         "context": context,
@@ -154,6 +158,9 @@ def plan_memory(
         kind = _weights_dtype(model, dtype)
         weights = _bytes(_without_weights(model, kind))
 
+    attends_on = first_device(place)
+    implementation = choose_implementation(attends_on, impl).name
+
     def cache_at(tokens: int) -> int:
         return cache_bytes(config, sidecar, capacity=tokens, batch_size=batch_size, dtype=kind)
 
@@ -165,6 +172,8 @@ def plan_memory(
             batch_size=batch_size,
             chunk=prefill_chunk,
             dtype=kind,
+            device=attends_on,
+            impl=implementation,
         )
 
     return MemoryPlan(

@@ -18,6 +18,8 @@ from kvq_runtime.layer import ENCODED_BLOCK_BYTES, ENCODING_COPIES
 if TYPE_CHECKING:
     import torch
 
+    from kvq_runtime.implementation import ImplementationName
+
 F32, I64 = 4, 8
 
 
@@ -29,6 +31,8 @@ def scratch_bytes(
     batch_size: int,
     chunk: int,
     dtype: torch.dtype,
+    device: torch.device,
+    impl: ImplementationName,
 ) -> int:
     """Bytes beside weights and cache at the worst moment of reading ``chunk`` tokens of each row.
 
@@ -39,6 +43,8 @@ def scratch_bytes(
         batch_size: rows.
         chunk: tokens of a row in one forward.
         dtype: of the activations.
+        device: where attention runs.
+        impl: of attention.
     """
     shape = Fingerprint.from_config(facts)
     T = min(chunk, context)
@@ -46,30 +52,28 @@ def scratch_bytes(
     # The residual stream, its norm, and in f32 what the norm is computed in.
     stream = S * shape.hidden_size * (2 * item + F32)
     mlp = 3 * S * _mlp_width(facts, shape.hidden_size) * item
-    attention = _attention_bytes(shape, config, T=T, context=context, rows=batch_size, item=item)
+    HQ, H, D = shape.num_attention_heads, shape.num_kv_heads, shape.head_dim
+    # Queries, keys and values as projected, cosines and sines, and the f32 output.
+    attention = S * D * ((HQ + 2 * H) * item + (HQ + 2) * F32)
+    layer: dict[str, Any] = {
+        "num_heads": HQ,
+        "num_kv_heads": H,
+        "head_dim": D,
+        "window": config.sink_tokens + config.recent_tokens + PAGE_TOKENS,
+        "tokens": T,
+        "context": context,
+        "itemsize": item,
+    }
+    if impl == "triton":
+        attention += kernel_scratch_bytes(**layer, config=config, rows=batch_size, device=device)
+    else:
+        attention += layer_scratch_bytes(**layer)
     # Of each row's last token: as they are, in f32 for the sampler, which keeps scores and
     # probabilities, and sorted ones with their places.
     logits = batch_size * shape.vocab_size * (item + 4 * F32 + I64)
     # Token ids, mask and positions of all tokens, each beside its copy that is longer by one.
     bookkeeping = 3 * 2 * I64 * batch_size * context
     return max(stream + max(mlp, attention), logits) + bookkeeping
-
-
-def _attention_bytes(
-    shape: Fingerprint, config: KVQConfig, *, T: int, context: int, rows: int, item: int
-) -> int:
-    HQ, H, D = shape.num_attention_heads, shape.num_kv_heads, shape.head_dim
-    # Queries, keys and values as projected, cosines and sines, and the f32 output.
-    projected = rows * T * D * ((HQ + 2 * H) * item + (HQ + 2) * F32)
-    return projected + layer_scratch_bytes(
-        num_heads=HQ,
-        num_kv_heads=H,
-        head_dim=D,
-        window=config.sink_tokens + config.recent_tokens + PAGE_TOKENS,
-        tokens=T,
-        context=context,
-        itemsize=item,
-    )
 
 
 def layer_scratch_bytes(
@@ -103,6 +107,47 @@ def layer_scratch_bytes(
         exact_tokens=min(exact, attention.QUERY_BLOCK + window),
     )
     return held + max(packing, attending)
+
+
+def kernel_scratch_bytes(
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int,
+    tokens: int,
+    context: int,
+    itemsize: int,
+    config: KVQConfig,
+    rows: int,
+    device: torch.device,
+) -> int:
+    """As ``layer_scratch_bytes`` on Triton kernels, whose buffers stay: those of decoding count
+    beside those of prefill, and all rows are decoded together.
+    """
+    from kvq_kernels import decode, pack, prefill
+
+    H, D = num_kv_heads, head_dim
+    shape = {"num_heads": num_heads, "num_kv_heads": H, "head_dim": D}
+    pages = context // PAGE_TOKENS
+    decoding = decode.scratch_bytes(
+        **shape,
+        batch=rows,
+        max_pages=pages,
+        exact_room=window,
+        outliers=config.outlier_fraction > 0,
+        device=device,
+    )
+    if tokens == 1:
+        return decoding
+    exact = min(context, tokens + window)
+    held = exact * H * D * 2 * itemsize
+    most = min(context, tokens + window) // PAGE_TOKENS
+    packing = pack.scratch_bytes(config, num_pages=most, num_kv_heads=H, head_dim=D)
+    attending = 4 * exact * H * D + prefill.scratch_bytes(
+        **shape, tokens=tokens, coded_pages=pages, exact_tokens=exact
+    )
+    return decoding + held + max(packing, attending)
 
 
 def _mlp_width(facts: Mapping[str, Any], hidden: int) -> int:

@@ -15,7 +15,7 @@ from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import KVQError
 from kvq_kernels import decode_reference
 from kvq_kernels.attention import AttentionOptions
-from kvq_kernels.decode import decode
+from kvq_kernels.decode import decode, scratch_bytes
 from kvq_kernels.kernel_tables import KernelTables
 from kvq_kernels.packed_rows import table_entry
 from kvq_kernels.phases import Phases
@@ -32,8 +32,7 @@ def run(case: PackedCase, options: AttentionOptions, device: torch.device, **how
         KernelTables.of(case.parameters, case.config, device=device),
         Phases.of(case.angles, device=device),
         options=options,
-        workspace=PoisonedWorkspace(),
-        **how,
+        **{"workspace": PoisonedWorkspace(), **how},
     )
     assert found.dtype == torch.float32
     return found.cpu().double()
@@ -217,6 +216,25 @@ def test_any_numbers_at_any_position(bits: int, first_position: int, device: tor
     assert error <= 1.5 * expected
     # What it is worth: a wrong position of one page in three would be seen.
     assert dense.output.square().mean().sqrt() > 20 * expected
+
+
+@pytest.mark.parametrize("outlier_fraction", [0.0, 0.01])
+def test_what_is_held_is_counted(outlier_fraction: float, device: torch.device) -> None:
+    case = make_case(tokens=(600, 300), D=16, H=2, G=3, outlier_fraction=outlier_fraction)
+    workspace = PoisonedWorkspace()
+    options = AttentionOptions(scaling=1.0)
+    output = run(case, options, device, workspace=workspace)
+    counted = scratch_bytes(
+        batch=2,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=16,
+        max_pages=case.rows.block_table.shape[1],
+        exact_room=case.rows.exact_keys.shape[2],
+        outliers=outlier_fraction > 0,
+        device=device,
+    )
+    assert counted == workspace.nbytes + 4 * output.numel()
 
 
 def test_groups_that_are_too_large(device: torch.device) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvq_runtime import layer
 from kvq_runtime.attach import attach
 from kvq_runtime.cache import PackedCache
+from kvq_runtime.memory import plan_memory
 from tiny_models import make_tiny_llama
 from tiny_sidecars import make_sidecar
 
@@ -102,3 +103,25 @@ def test_a_cache_that_grows_stays_readable() -> None:
         assert torch.equal(kept, field[packed.rows[0].pages])
     packed.append(keys, values)
     assert len(packed.rows[0].pages) == 29
+
+
+@pytest.mark.skipif(
+    not ON_GPU, reason="the interpreter copies what kernels read; no allocator to ask"
+)
+def test_a_plan_holds_on_a_gpu() -> None:
+    model = make_tiny_llama(
+        hidden_size=256, num_attention_heads=16, num_key_value_heads=4, head_dim=64
+    ).to(DEVICE, torch.bfloat16)
+    sidecar = make_sidecar(3, model=model)
+    plan = plan_memory(model, sidecar, context=8192, prefill_chunk=1024)
+    ids = torch.randint(3, 300, (1, 8192), device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with torch.inference_mode(), attach(model, sidecar):
+        cache = PackedCache(model, sidecar, capacity=8192)
+        for start in range(0, 8192 - 1024, 1024):
+            model(ids[:, start : start + 1024], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, -1024:-1023], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, -1023:], past_key_values=cache, logits_to_keep=1)
+    found = torch.cuda.max_memory_allocated() - before
+    assert found <= plan.cache + plan.scratch <= 1.25 * found
