@@ -24,7 +24,7 @@ from kvq_kernels.decode_merge import merge_splits
 from kvq_kernels.decode_outliers import key_outlier_scores, value_outlier_sums
 from kvq_kernels.decode_splits import EXACT_TILE, LOG2_E, decode_splits
 from kvq_kernels.kernel_tables import KernelTables, channel_tiles
-from kvq_kernels.launch import current, group_tile, page_splits, warp_lanes
+from kvq_kernels.launch import current, exact_precision, group_tile, page_splits, warp_lanes
 from kvq_kernels.packed_rows import PackedRows
 from kvq_kernels.pair_lookup import GROUP
 from kvq_kernels.phases import Phases
@@ -161,7 +161,7 @@ def decode(
             KEY_OUTLIERS=key_outliers,
             VALUE_OUTLIERS=value_outliers,
             IRREGULAR=irregular is not None,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            PRECISION=exact_precision(query.dtype),
             num_warps=MAIN_WARPS,
             num_stages=1,
         )
