@@ -1,0 +1,42 @@
+"""Kernels compiled for devices that are not here stay within their budgets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BUDGETS = BENCHMARKS / "kernel_budgets.csv"
+
+
+def rows() -> list[dict[str, str]]:
+    with BUDGETS.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
+def test_no_budget_is_exceeded(target: str) -> None:
+    # The interpreter and the compiler exclude each other in one process.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, BENCHMARKS / "kernel_variants.py", "--json", "--target", target]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode in (0, 1), ran.stderr
+    result = json.loads(ran.stdout)
+    assert result["violations"] == []
+    wanted = [row for row in rows() if row["target"] == target and row["ci"] == "1"]
+    assert len(result["variants"]) == len(wanted) > 0
+
+
+def test_every_variant_has_its_limits() -> None:
+    """At most 30 are compiled in CI; only kernels that read the cache have a count."""
+    assert sum(row["ci"] == "1" for row in rows()) <= 30
+    for row in rows():
+        assert row["max_stack_bytes"] != "" != row["max_shared_bytes"], row
+        counted = row["kernel"] in ("decode", "dequantize")
+        assert (row["max_instructions_per_element"] != "") == counted, row
