@@ -33,6 +33,12 @@ def test_no_budget_is_exceeded(target: str) -> None:
     assert len(result["variants"]) == len(wanted) > 0
 
 
+def test_the_page_shows_the_budgets() -> None:
+    script = BENCHMARKS.parent / "scripts" / "generate_kernel_docs.py"
+    ran = subprocess.run([sys.executable, script, "--check"], check=False)
+    assert ran.returncode == 0, "make docs"
+
+
 def test_every_variant_has_its_limits() -> None:
     """At most 30 are compiled in CI; only kernels that read the cache have a count."""
     assert sum(row["ci"] == "1" for row in rows()) <= 30
