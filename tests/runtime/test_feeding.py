@@ -179,10 +179,12 @@ def explain_encoded(
 def test_a_neighbours_value_in_a_page_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = PagePool.write
 
-    def write(pool: PagePool, pages: Any, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    def write(
+        pool: PagePool, pages: Any, keys: Tensor, values: Tensor, positions: Tensor, **how: Any
+    ) -> None:
         values = values.clone()
         values[0, 100] = values[0, 101]
-        stock(pool, pages, keys, values, positions)
+        stock(pool, pages, keys, values, positions, **how)
 
     expected = whole("3 head")
     monkeypatch.setattr(PagePool, "write", write)

@@ -485,7 +485,7 @@ def test_nothing_is_left_behind_by_a_forward_that_fails() -> None:
     stock = model(ids).logits
 
     class Broken(ExactPageCodec):
-        def encode(self, keys: Tensor, values: Tensor) -> Any:
+        def encode(self, keys: Tensor, values: Tensor, *, impl: str = "reference") -> Any:
             raise RuntimeError("in the middle of a page")
 
     codecs = {i: Broken(**vars(codec)) for i, codec in exact_codecs(model).items()}
