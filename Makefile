@@ -10,18 +10,19 @@ READY := $(VENV)/.kvq-ready
 PYTEST_ARGS ?=
 
 .PHONY: help setup demo test lint format types contracts docs check bench-kmeans bench-accuracy \
-	bench-append bench-memory bench-decode clean
+	bench-append bench-memory bench-decode bench-gpu clean
 
 help:
 	@echo "make demo         calibrate the built-in model, evaluate it, generate with it (offline)"
 	@echo "make test         run the tests"
 	@echo "make check        lint, import contracts and types"
 	@echo "make format       let ruff format the code"
-	@echo "make docs         write docs/cli.md anew from the commands"
+	@echo "make docs         write docs/cli.md and tables of docs/kernels.md anew"
 	@echo "make bench-kmeans measure the codebook solver against scikit-learn"
 	@echo "make bench-append measure what a token costs to append at 1k and at 64k tokens"
 	@echo "make bench-memory measure the memory of a 64k-token cache against the plan"
 	@echo "make bench-decode measure decoding on a CPU against transformers' quantized caches"
+	@echo "make bench-gpu    check and measure everything on a GPU, within ten minutes, uninstalled"
 	@echo "make clean        remove the virtual environment and all caches"
 
 setup: $(READY)
@@ -60,6 +61,7 @@ check: lint contracts types
 
 docs: $(READY)
 	$(BIN)/python scripts/generate_cli_docs.py
+	$(BIN)/python scripts/generate_kernel_docs.py
 
 bench-kmeans: $(READY)
 	$(BIN)/python benchmarks/kmeans.py
@@ -76,6 +78,14 @@ bench-memory: $(READY)
 # The others' backends: $(BIN)/pip install optimum-quanto hqq
 bench-decode: $(READY)
 	$(BIN)/python benchmarks/decode_cpu.py
+
+# On a machine with a GPU and what kvq needs; kvq itself is not installed, and nothing else is.
+# Without a GPU: TRITON_INTERPRET=1 make bench-gpu PYTHON_GPU=$(BIN)/python BENCH_GPU_ARGS=--smoke
+PYTHON_GPU ?= python3
+BENCH_GPU_ARGS ?=
+bench-gpu:
+	PYTHONPATH=formats:kernels:runtime:calibration:evaluation:tests/support:.:$$PYTHONPATH \
+		$(PYTHON_GPU) benchmarks/bench_gpu.py $(BENCH_GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

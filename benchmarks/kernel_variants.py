@@ -49,6 +49,7 @@ from kvq_kernels import pack, prefill
 from kvq_kernels.decode import MAIN_WARPS
 from kvq_kernels.decode_merge import SPLIT_TILE, merge_splits
 from kvq_kernels.decode_outliers import key_outlier_scores, value_outlier_sums
+from kvq_kernels.decode_queries import turn_queries
 from kvq_kernels.decode_splits import EXACT_TILE, decode_splits
 from kvq_kernels.dequantize_kernels import (
     add_key_outliers,
@@ -70,8 +71,9 @@ WINDOW = 1 + PAGE_TOKENS
 """Exact tokens that there is room for: a sink and a page."""
 
 TYPES = {
-    "query": "*bf16", "key_words": "*i32", "key_half_range": "*fp16", "key_center": "*fp16",
-    "key_table": "*i32", "value_words": "*i32", "value_scales": "*fp16", "value_table": "*i32",
+    "query": "*bf16", "turned": "*fp16", "sizes": "*fp32", "max_pages": "i32",
+    "key_words": "*i32", "key_half_range": "*fp16", "key_center": "*fp16",
+    "key_table": "*i32", "value_words": "*i32", "value_table": "*i32",
     "block_table": "*i32", "lengths": "*i32", "base_positions": "*i32",
     "irregular_positions": "*i32", "phase_high": "*i32", "phase_low": "*i32",
     "offset_cos": "*fp16", "offset_sin": "*fp16", "exact_keys": "*bf16", "exact_values": "*bf16",
@@ -159,62 +161,52 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
     """A whole decode: instructions for each number of the cache, worst stack and shared memory."""
     D, G = shape.head_dim, shape.group
     lanes = target.warp_size
-    smallest = 16 if target is Target.HIP_GFX942 else 8
     exact_splits = -(-WINDOW // EXACT_TILE.value)
+    constants = {
+        "HQ": 8 * G,
+        "H": 8,
+        "G": G,
+        "GROUP_WIDTH": next_power_of_2(G),
+        "N": max(16 if target is Target.HIP_GFX942 else 8, next_power_of_2(G)),
+        "D": D,
+        "HALF": D // 2,
+        "HALF_TILE": next_power_of_2(D // 2),
+        "REST_TILE": 0,
+        "D_TILE": next_power_of_2(D),
+        "K_BITS": shape.key_bits,
+        "V_BITS": shape.value_bits,
+        "CHANNEL_BITS": (D - 1).bit_length(),
+        "SCALE_HEADS": 1,
+        "EXACT_SPLITS": exact_splits,
+        "PART": lanes,
+        "SOFTCAP": False,
+        "SINK_LOGITS": False,
+        "KEY_OUTLIERS": shape.outliers,
+        "VALUE_OUTLIERS": shape.outliers,
+        "IRREGULAR": False,
+        "PRECISION": "tf32",
+    }
+
+    def code(kernel: Any, warps: int, *, stages: int = 3, **more: Any) -> KernelCode:
+        known = {**constants, **more}
+        taken = {name: known[name] for name in kernel.arg_names if name in known}
+        return code_of(kernel, taken, target=target, warps=warps, stages=stages)
+
     three = 3 in (shape.key_bits, shape.value_bits)
-    heads = {"H": 8, "G": G}
-    main = code_of(
-        decode_splits,
-        {
-            **heads,
-            "N": max(smallest, next_power_of_2(G)),
-            "D": D,
-            "HALF": D // 2,
-            "HALF_TILE": next_power_of_2(D // 2),
-            "REST_TILE": 0,
-            "D_TILE": next_power_of_2(D),
-            "K_BITS": shape.key_bits,
-            "V_BITS": shape.value_bits,
-            "SCALE_HEADS": 1,
-            "EXACT_SPLITS": exact_splits,
-            "SOFTCAP": False,
-            "KEY_OUTLIERS": shape.outliers,
-            "VALUE_OUTLIERS": shape.outliers,
-            "IRREGULAR": False,
-            "PRECISION": "tf32",
-        },
-        target=target,
-        warps=MAIN_WARPS,
-        stages=1,
-    )
-    merge = code_of(
-        merge_splits,
-        {"HQ": 8 * G, "G": G, "D": D, "D_TILE": next_power_of_2(D), "SINK_LOGITS": False},
-        target=target,
-        warps=4,
-    )
-    codes = [main, merge]
-    total = _issued(main, {"0": PAGES, "0.0": 3 if three else 4})
+    turn = code(turn_queries, 1)
+    splits = code(decode_splits, MAIN_WARPS, stages=1)
+    merge = code(merge_splits, 4)
+    codes = [turn, splits, merge]
+    total = PAGES * _issued(turn, {}) + _issued(splits, {"0": PAGES, "0.0": 3 if three else 4})
     tiles = -(-(SPLITS + exact_splits) // SPLIT_TILE.value)
     total += _issued(merge, {"0": tiles}) * G / SPLITS
     if shape.outliers:
-        side = {**heads, "N": next_power_of_2(G), "D": D, "PART": lanes}
-        keys = code_of(
-            key_outlier_scores,
-            {**side, "HALF": D // 2, "CAPACITY": 4 * D, "CHANNEL_BITS": (D - 1).bit_length()},
-            target=target,
-            warps=1,
-        )
-        values = code_of(
-            value_outlier_sums,
-            {**side, "CAPACITY": 400, "SCALE_HEADS": 1, "EXACT_SPLITS": exact_splits},
-            target=target,
-            warps=1,
-        )
+        keys = code(key_outlier_scores, 1, CAPACITY=4 * D)
+        values = code(value_outlier_sums, 1, CAPACITY=400)
         codes += [keys, values]
-        steps = _walk(keys, "", longest_run("keys", lanes))
-        total += _issued(keys, steps) * PAGES * PAGE_TOKENS / lanes
-        steps = {"0": PAGES, **_walk(values, "0.", longest_run("values", lanes))}
+        steps = _walk(keys, PAGE_TOKENS // lanes, longest_run("keys", lanes))
+        total += PAGES * _issued(keys, steps)
+        steps = _walk(values, PAGES, longest_run("values", lanes))
         total += _issued(values, steps) * D / lanes
     return _worst(codes, target, total / (PAGES * PAGE_TOKENS * 2 * D))
 
@@ -223,10 +215,18 @@ def _issued(code: KernelCode, trips: Mapping[str, float]) -> float:
     return instructions_per_element(code.nest, trips, elements=1, threads=code.threads)
 
 
-def _walk(code: KernelCode, parent: str, steps: float) -> dict[str, float]:
-    """Trips of the loop below ``parent``; where the compiler unrolled it, of what is left over."""
-    names = [loop.name for loop in code.nest.loops if loop.name.rpartition(".")[0] == parent[:-1]]
-    return {name: steps if name == names[-1] else 0.0 for name in names}
+def _walk(code: KernelCode, outer: int, steps: float) -> dict[str, float]:
+    """Trips of a loop of ``outer`` rounds around a walk of ``steps``, as the compiler left them.
+
+    Where it unrolled the walk, the loop over what is left counts for all steps; where it unrolled
+    the rounds, there are as many walks.
+    """
+    names = [loop.name for loop in code.nest.loops]
+    walks = [name for name in names if "." in name]
+    if not walks:
+        assert len(names) == outer, code.nest
+        return dict.fromkeys(names, steps)
+    return {"0": outer, **{name: steps if name == walks[-1] else 0.0 for name in walks}}
 
 
 def measure_prefill(shape: Shape, target: Target) -> Measured:

@@ -1,12 +1,13 @@
 """Decode attention straight from packed codes: one query a row.
 
-Two side passes and two kernels, without a copy of the cache in any other form and without waiting
+Three kernels and two side passes, without a copy of the cache in any other form and without waiting
 for the device (``docs/kernels.md``):
 
-1. ``key_outlier_scores``: what outliers of keys add to the scores, where there are any;
-2. ``decode_splits``: pages by runs, and exact tokens by tiles, each with its log-sum-exp;
-3. ``value_outlier_sums``: what outliers of values add to each run, where there are any;
-4. ``merge_splits``.
+1. ``turn_queries``: queries, turned back by the base position of each page;
+2. ``key_outlier_scores``: what outliers of keys add to the scores, where there are any;
+3. ``decode_splits``: pages by runs, and exact tokens by tiles, each with its log-sum-exp;
+4. ``value_outlier_sums``: what outliers of values add to each run, where there are any;
+5. ``merge_splits``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kvq_formats.config import PAGE_TOKENS
 from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.decode_merge import merge_splits
 from kvq_kernels.decode_outliers import key_outlier_scores, value_outlier_sums
+from kvq_kernels.decode_queries import turn_queries
 from kvq_kernels.decode_splits import EXACT_TILE, LOG2_E, decode_splits
 from kvq_kernels.kernel_tables import KernelTables, channel_tiles
 from kvq_kernels.launch import current, exact_precision, group_tile, page_splits, warp_lanes
@@ -62,141 +64,105 @@ def decode(
     H = tables.num_kv_heads
     G = HQ // H
     device = query.device
-    N = group_tile(G, device=device)
     max_pages = rows.block_table.shape[1] if max_pages is None else max_pages
     if splits is None:
         splits = page_splits(batch=B, num_kv_heads=H, max_pages=max_pages, device=device)
     room = rows.exact_keys.shape[2]
     exact_splits = triton.cdiv(room, EXACT_TILE.value)
+    all_splits = exact_splits + splits
+    key_pool, value_list = rows.key_pages.outliers.shape[-1], rows.value_pages.outliers.shape[-1]
+    key_outliers, value_outliers = max_pages * key_pool > 0, max_pages * value_list > 0
+    tokens = max_pages * PAGE_TOKENS if key_outliers or value_outliers else 0
+    width = triton.next_power_of_2(G)
+    lanes = warp_lanes(device)
+    sinks, irregular = options.sink_logits, rows.irregular_positions
+    query = query.contiguous()
+    output = torch.empty(B, HQ, D, dtype=torch.float32, device=device)
     workspace = workspace or Workspace()
 
     def take(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return workspace.take(name, shape, dtype, device)
 
-    all_splits = exact_splits + splits
-    split_out = take("split out", B, H, all_splits, G, D)
-    split_max = take("split max", B, H, all_splits, G)
-    split_sum = take("split sum", B, H, all_splits, G)
-    key_outliers = max_pages > 0 and rows.key_pages.outliers.shape[-1] > 0
-    value_outliers = max_pages > 0 and rows.value_pages.outliers.shape[-1] > 0
-    tokens = max_pages * PAGE_TOKENS if key_outliers or value_outliers else 0
-    weights = take("weights", B, H, tokens, G, dtype=torch.float16)
-    group_max = take("group max", B, H, tokens // GROUP.value, G)
-
-    query = query.contiguous()
-    # Where a kernel has no use for a tensor it gets one that it does not touch.
-    irregular = rows.irregular_positions
-    # A soft cap comes between the scores and the units of exp2.
-    scale = options.scaling * (1.0 if options.softcap else LOG2_E.value)
-    shared: dict[str, Any] = {
+    # Each kernel takes what it names.
+    arguments: dict[str, Any] = {
+        "query": query,
+        "turned": take("turned", B, H, max_pages, D, width, dtype=torch.float16),
+        "sizes": take("sizes", B, H, width),
+        "weights": take("weights", B, H, tokens, G, dtype=torch.float16),
+        "group_max": take("group max", B, H, tokens // GROUP.value, G),
+        "split_out": take("split out", B, H, all_splits, G, D),
+        "split_max": take("split max", B, H, all_splits, G),
+        "split_sum": take("split sum", B, H, all_splits, G),
+        "output": output,
+        "key_words": rows.key_pages.words.view(torch.int32),
+        "key_half_range": tables.half_range,
+        "key_center": tables.center,
+        "key_table": tables.key_pairs,
+        "pools": rows.key_pages.outliers,
+        "counts": rows.key_pages.outlier_counts,
+        "half_range": tables.outlier_half_range,
+        "value_words": rows.value_pages.words.view(torch.int32),
+        "value_table": tables.value_pairs,
+        "scales": rows.value_pages.scales,
+        "lists": rows.value_pages.outliers,
+        "offsets": rows.value_pages.outlier_offsets,
         "block_table": rows.block_table,
         "lengths": rows.lengths,
-        "table_width": rows.block_table.shape[1],
-        "weights": weights,
-        "weight_tokens": tokens,
-        "H": H,
-        "G": G,
-    }
-    rotary: dict[str, Any] = {
         "base_positions": rows.key_pages.base_positions,
+        # Where a kernel has no use for a tensor it gets one that it does not touch.
         "irregular_positions": rows.block_table if irregular is None else irregular,
+        "sink_logits": output if sinks is None else sinks.float().contiguous(),
         "phase_high": phases.high,
         "phase_low": phases.low,
+        "offset_cos": phases.offset_cos,
+        "offset_sin": phases.offset_sin,
+        "exact_keys": rows.exact_keys,
+        "exact_values": rows.exact_values,
+        "exact_positions": rows.exact_positions,
+        "table_width": rows.block_table.shape[1],
+        "max_pages": max_pages,
+        "weight_tokens": tokens,
+        "exact_room": room,
+        "splits": all_splits,
+        # A soft cap comes between the scores and the units of exp2.
+        "score_scale": options.scaling * (1.0 if options.softcap else LOG2_E.value),
+        "softcap": options.softcap or 1.0,
         "rotary_scaling": phases.scaling,
-        "score_scale": scale,
+        **channel_tiles(D, phases),
+        "HQ": HQ,
+        "H": H,
+        "G": G,
+        "GROUP_WIDTH": width,
+        "N": group_tile(G, device=device),
+        "K_BITS": tables.config.key_bits,
+        "V_BITS": tables.config.value_bits,
+        "CHANNEL_BITS": outliers.channel_bits(D),
+        "SCALE_HEADS": rows.value_pages.scales.shape[1],
+        "EXACT_SPLITS": exact_splits,
+        "PART": lanes,
+        "SOFTCAP": options.softcap is not None,
+        "SINK_LOGITS": sinks is not None,
+        "KEY_OUTLIERS": key_outliers,
+        "VALUE_OUTLIERS": value_outliers,
+        "IRREGULAR": irregular is not None,
+        "PRECISION": exact_precision(query.dtype),
     }
-    small = triton.next_power_of_2(G)
-    part = warp_lanes(device)
-    tiles = channel_tiles(D, phases)
-    scale_heads = rows.value_pages.scales.shape[1]
-    output = torch.empty(B, HQ, D, dtype=torch.float32, device=device)
-    sinks = options.sink_logits
+
+    def launch(kernel: Any, *grid: int, **how: Any) -> None:
+        given = {name: arguments[name] for name in kernel.arg_names if name not in how}
+        kernel[grid](**given, **how)
+
     with current(device):
+        if max_pages:
+            launch(turn_queries, max_pages, H, B, num_warps=1)
         if key_outliers:
-            key_outlier_scores[(max_pages * (PAGE_TOKENS // part), H, B)](
-                query=query,
-                pools=rows.key_pages.outliers,
-                counts=rows.key_pages.outlier_counts,
-                half_range=tables.outlier_half_range,
-                residual_step=tables.parameters.key.outlier_step,
-                **shared,
-                **rotary,
-                N=small,
-                D=D,
-                HALF=tiles["HALF"],
-                CAPACITY=rows.key_pages.outliers.shape[-1],
-                CHANNEL_BITS=outliers.channel_bits(D),
-                PART=part,
-                num_warps=1,
-            )
-        decode_splits[(all_splits, H, B)](
-            query=query,
-            key_words=rows.key_pages.words.view(torch.int32),
-            key_half_range=tables.half_range,
-            key_center=tables.center,
-            key_table=tables.key_pairs,
-            value_words=rows.value_pages.words.view(torch.int32),
-            value_scales=rows.value_pages.scales,
-            value_table=tables.value_pairs,
-            **shared,
-            **rotary,
-            offset_cos=phases.offset_cos,
-            offset_sin=phases.offset_sin,
-            exact_keys=rows.exact_keys,
-            exact_values=rows.exact_values,
-            exact_positions=rows.exact_positions,
-            group_max=group_max,
-            split_out=split_out,
-            split_max=split_max,
-            split_sum=split_sum,
-            exact_room=room,
-            softcap=options.softcap or 1.0,
-            N=N,
-            **tiles,
-            K_BITS=tables.config.key_bits,
-            V_BITS=tables.config.value_bits,
-            SCALE_HEADS=scale_heads,
-            EXACT_SPLITS=exact_splits,
-            SOFTCAP=options.softcap is not None,
-            KEY_OUTLIERS=key_outliers,
-            VALUE_OUTLIERS=value_outliers,
-            IRREGULAR=irregular is not None,
-            PRECISION=exact_precision(query.dtype),
-            num_warps=MAIN_WARPS,
-            num_stages=1,
-        )
+            how = {"CAPACITY": key_pool, "residual_step": tables.parameters.key.outlier_step}
+            launch(key_outlier_scores, max_pages, H, B, num_warps=1, **how)
+        launch(decode_splits, all_splits, H, B, num_warps=MAIN_WARPS, num_stages=1)
         if value_outliers:
-            value_outlier_sums[(splits * triton.cdiv(D, part), H, B)](
-                lists=rows.value_pages.outliers,
-                offsets=rows.value_pages.outlier_offsets,
-                scales=rows.value_pages.scales,
-                **shared,
-                group_max=group_max,
-                split_out=split_out,
-                split_max=split_max,
-                residual_step=tables.parameters.value.outlier_step,
-                N=small,
-                D=D,
-                CAPACITY=rows.value_pages.outliers.shape[-1],
-                SCALE_HEADS=scale_heads,
-                EXACT_SPLITS=exact_splits,
-                PART=part,
-                num_warps=1,
-            )
-        merge_splits[(HQ, B)](
-            split_out,
-            split_max,
-            split_sum,
-            output if sinks is None else sinks.float().contiguous(),
-            output,
-            all_splits,
-            HQ=HQ,
-            G=G,
-            D=D,
-            D_TILE=tiles["D_TILE"],
-            SINK_LOGITS=sinks is not None,
-            num_warps=4,
-        )
+            how = {"CAPACITY": value_list, "residual_step": tables.parameters.value.outlier_step}
+            launch(value_outlier_sums, splits * triton.cdiv(D, lanes), H, B, num_warps=1, **how)
+        launch(merge_splits, HQ, B, num_warps=4)
     return output
 
 
@@ -220,12 +186,15 @@ def scratch_bytes(
         outliers: whether keys or values have any.
         device: decides how many programs share a row.
 
-    Counted: of each split an output and two numbers a query head, f32; with outliers a weight in
-    f16 for each token and query head, and a number in f32 for each 64 of them.
+    Counted: queries of each page, f16, and a number a head; of each split an output and two numbers
+    a query head, f32; with outliers a weight in f16 for each token and query head, and a number in
+    f32 for each 64 of them.
     """
     splits = page_splits(batch=batch, num_kv_heads=num_kv_heads, max_pages=max_pages, device=device)
     splits += triton.cdiv(exact_room, EXACT_TILE.value)
     heads = batch * num_heads
     tokens = max_pages * PAGE_TOKENS if outliers else 0
     weights = heads * (2 * tokens + 4 * (tokens // GROUP.value))
-    return 4 * heads * (splits * (head_dim + 2) + head_dim) + weights
+    padded = batch * num_kv_heads * triton.next_power_of_2(num_heads // num_kv_heads)
+    turned = padded * (2 * max_pages * head_dim + 4)
+    return 4 * heads * (splits * (head_dim + 2) + head_dim) + weights + turned

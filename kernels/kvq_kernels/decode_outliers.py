@@ -18,7 +18,8 @@ from kvq_kernels.phases import cos_sin
 
 @triton.jit
 def key_outlier_scores(
-    query,
+    turned,
+    sizes,
     pools,
     counts,
     half_range,
@@ -28,77 +29,92 @@ def key_outlier_scores(
     irregular_positions,
     phase_high,
     phase_low,
+    offset_cos,
+    offset_sin,
     weights,
     table_width,
+    max_pages,
     weight_tokens,
     score_scale,
     rotary_scaling,
     residual_step,
     H: tl.constexpr,
     G: tl.constexpr,
-    N: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     CAPACITY: tl.constexpr,
     CHANNEL_BITS: tl.constexpr,
     PART: tl.constexpr,
+    IRREGULAR: tl.constexpr,
 ):
-    """Program ``(page of the row and part, h, b)``: what key outliers add to scores.
+    """Program ``(page of the row, h, b)``: what key outliers add to scores.
 
-    Writes f16 ``[PART, G]`` at the tokens' place in ``weights`` ``[B, H, weight_tokens, G]``, in
-    the units of the scores before a soft cap.
+    Writes f16 ``[256, G]`` at the page's place in ``weights`` ``[B, H, weight_tokens, G]``, in the
+    units of the scores before a soft cap.
     """
-    PARTS: tl.constexpr = 256 // PART
-    index, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
-    head, batch = tl.program_id(1), tl.program_id(2)
+    index, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if index < tl.load(lengths + batch * 3):
         page = (tl.load(block_table + batch * table_width + index) & 0x7FFFFF).to(tl.int64)
         base = tl.load(base_positions + page)
-        token = part * PART + tl.arange(0, PART)
-        position = base + token
-        if base < 0:
-            position = tl.load(irregular_positions - (base + 1) * 256 + token)
-        group_head = tl.arange(0, N)
-        valid = (group_head < G)[:, None]
+        row = (batch * H + head).to(tl.int64)
+        group_head = tl.arange(0, GROUP_WIDTH)
+        queries = turned + (row * max_pages + index) * (D * GROUP_WIDTH) + group_head[:, None]
+        scale = tl.load(sizes + row * GROUP_WIDTH + group_head) * score_scale
         line = page * H + head
-        every = tl.arange(0, 256)
-        before = tl.load(counts + line * 256 + every).to(tl.int32)
-        before = tl.sum(tl.where(every < part * PART, before, 0), axis=0)
-        count = tl.load(counts + line * 256 + token).to(tl.int32)
-        start = before + tl.cumsum(count, axis=0) - count
         pools += line * CAPACITY
-        queries = query + (batch * H + head) * G * D + group_head[:, None] * D
         half_range += head * D
-        scores = tl.zeros([N, PART], tl.float32)
-        for step in range(tl.max(count, axis=0)):
-            active = step < count
-            entry = tl.load(pools + start + step, mask=active, other=0).to(tl.int32)
-            channel = entry & ((1 << CHANNEL_BITS) - 1)
-            residual = (entry >> CHANNEL_BITS).to(tl.float32) * residual_step
-            residual *= tl.load(half_range + channel, mask=active, other=0.0)
-            asked = active[None, :] & valid
-            own = tl.load(queries + channel[None, :], mask=asked, other=0.0).to(tl.float32)
-            if HALF > 0:
-                is_first = channel < HALF
-                rotated = channel < 2 * HALF
-                pair = tl.where(rotated, tl.where(is_first, channel, channel - HALF), 0)
-                high, low = tl.load(phase_high + pair), tl.load(phase_low + pair)
-                cos, sin = cos_sin(position, high, low)
-                cos = tl.where(rotated, cos * rotary_scaling, 1.0)
-                # The residual turns into its partner's channel, too; the sine of a second member
-                # is the partner's minus.
-                sin = tl.where(rotated, tl.where(is_first, sin, -sin) * rotary_scaling, 0.0)
-                partner = tl.where(is_first, channel + HALF, channel - HALF)
-                asked &= rotated[None, :]
-                other = tl.load(queries + partner[None, :], mask=asked, other=0.0).to(tl.float32)
-                own = own * cos[None, :] + other * sin[None, :]
-            scores += own * residual[None, :]
-        place = (batch * H + head).to(tl.int64) * weight_tokens + index * 256 + token
-        tl.store(
-            weights + place[None, :] * G + group_head[:, None],
-            (scores * score_scale).to(tl.float16),
-            mask=valid,
-        )
+        before = 0
+        for part in range(256 // PART):
+            token = part * PART + tl.arange(0, PART)
+            count = tl.load(counts + line * 256 + token).to(tl.int32)
+            start = before + tl.cumsum(count, axis=0) - count
+            before += tl.sum(count, axis=0)
+            scores = tl.zeros([GROUP_WIDTH, PART], tl.float32)
+            for step in range(tl.max(count, axis=0)):
+                active = step < count
+                entry = tl.load(pools + start + step, mask=active, other=0).to(tl.int32)
+                channel = entry & ((1 << CHANNEL_BITS) - 1)
+                # An entry of 0 is a residual of 0: lanes whose run has ended add nothing.
+                residual = (entry >> CHANNEL_BITS).to(tl.float32) * residual_step
+                residual *= tl.load(half_range + channel)
+                own = tl.load(queries + channel[None, :] * GROUP_WIDTH).to(tl.float32)
+                if HALF > 0:
+                    is_first = channel < HALF
+                    partner = tl.where(is_first, channel + HALF, channel - HALF)
+                    pair = tl.minimum(channel, partner)
+                    rotated = channel < 2 * HALF
+                    if 2 * HALF < D:
+                        partner = tl.where(rotated, partner, 0)
+                        pair = tl.where(rotated, pair, 0)
+                    if IRREGULAR:
+                        position = tl.load(
+                            irregular_positions - (base + 1) * 256 + token, mask=base < 0, other=0
+                        )
+                        position = tl.where(base < 0, position, base + token)
+                        cos, sin = cos_sin(
+                            position, tl.load(phase_high + pair), tl.load(phase_low + pair)
+                        )
+                        cos *= rotary_scaling
+                        sin *= rotary_scaling
+                    else:
+                        cos = tl.load(offset_cos + token * HALF + pair).to(tl.float32)
+                        sin = tl.load(offset_sin + token * HALF + pair).to(tl.float32)
+                    # The residual turns into its partner's channel, too; the sine of a second
+                    # member is the partner's minus.
+                    sin = tl.where(is_first, sin, -sin)
+                    if 2 * HALF < D:
+                        cos = tl.where(rotated, cos, 1.0)
+                        sin = tl.where(rotated, sin, 0.0)
+                    other = tl.load(queries + partner[None, :] * GROUP_WIDTH).to(tl.float32)
+                    own = own * cos[None, :] + other * sin[None, :]
+                scores += own * residual[None, :]
+            place = row * weight_tokens + index * 256 + token
+            tl.store(
+                weights + place[None, :] * G + group_head[:, None],
+                (scores * scale[:, None]).to(tl.float16),
+                mask=(group_head < G)[:, None],
+            )
 
 
 @triton.jit
@@ -117,7 +133,7 @@ def value_outlier_sums(
     residual_step,
     H: tl.constexpr,
     G: tl.constexpr,
-    N: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
     D: tl.constexpr,
     CAPACITY: tl.constexpr,
     SCALE_HEADS: tl.constexpr,
@@ -140,12 +156,12 @@ def value_outlier_sums(
     if first < last:
         channel = part * PART + tl.arange(0, PART)
         is_channel = channel < D
-        group_head = tl.arange(0, N)
+        group_head = tl.arange(0, GROUP_WIDTH)
         valid = (group_head < G)[:, None]
         row = (batch * H + head).to(tl.int64)
         line = (row * (splits + EXACT_SPLITS) + EXACT_SPLITS + split) * G + group_head
         largest = tl.load(split_max + line, mask=group_head < G, other=0.0)[:, None]
-        sums = tl.zeros([N, PART], tl.float32)
+        sums = tl.zeros([GROUP_WIDTH, PART], tl.float32)
         for index in range(first, last):
             page = (tl.load(block_table + batch * table_width + index) & 0x7FFFFF).to(tl.int64)
             entries = lists + (page * H + head) * CAPACITY

@@ -74,13 +74,30 @@ def _query(query, FIRST: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, 
 
 
 @triton.jit
+def _turned(
+    queries,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    TILE: tl.constexpr,
+    group_head,
+    WIDTH: tl.constexpr,
+):
+    """Queries of a page f16 ``[TILE, N]``, zero where there is none."""
+    place = tl.arange(0, TILE)
+    mask = (place < COUNT)[:, None] & (group_head < WIDTH)[None, :]
+    return tl.load(
+        queries + (FIRST + place)[:, None] * WIDTH + group_head[None, :], mask=mask, other=0.0
+    )
+
+
+@triton.jit
 def _attend_group(
     state_max,
     state_sum,
     state_center,
     state_out,
-    page_query_first,
-    page_query_second,
+    query_first,
+    query_second,
     query_rest,
     query_scale,
     key_words,
@@ -145,8 +162,8 @@ def _attend_group(
         else:
             cos = tl.load(offset_cos + place[:, None] * HALF + pair[None, :])
             sin = tl.load(offset_sin + place[:, None] * HALF + pair[None, :])
-        scores = tl.dot(first * cos - second * sin, page_query_first, scores)
-        scores = tl.dot(second * cos + first * sin, page_query_second, scores)
+        scores = tl.dot(first * cos - second * sin, query_first, scores)
+        scores = tl.dot(second * cos + first * sin, query_second, scores)
     if REST_TILE > 0:
         rest = _keys(
             key_words, half_range, center, key_table, row, shift, group,
@@ -193,12 +210,14 @@ def _attend_group(
 @triton.jit
 def decode_splits(
     query,
+    turned,
+    sizes,
     key_words,
     key_half_range,
     key_center,
     key_table,
     value_words,
-    value_scales,
+    scales,
     value_table,
     block_table,
     lengths,
@@ -217,6 +236,7 @@ def decode_splits(
     split_max,
     split_sum,
     table_width,
+    max_pages,
     weight_tokens,
     exact_room,
     score_scale,
@@ -225,6 +245,7 @@ def decode_splits(
     H: tl.constexpr,
     G: tl.constexpr,
     N: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     HALF_TILE: tl.constexpr,
@@ -249,22 +270,6 @@ def decode_splits(
     splits = tl.num_programs(0)
     group_head = tl.arange(0, N)
     valid = group_head < G
-    query += (batch * H + head) * G * D
-    head_offset = group_head * D
-    query_first = tl.zeros([HALF_TILE, N], tl.float32)
-    query_second = tl.zeros([HALF_TILE, N], tl.float32)
-    query_rest = tl.zeros([REST_TILE if REST_TILE > 0 else 16, N], tl.float32)
-    largest = tl.full([N], 0.0, tl.float32)
-    if HALF > 0:
-        query_first = _query(query, 0, HALF, HALF_TILE, head_offset, valid)
-        query_second = _query(query, HALF, HALF, HALF_TILE, head_offset, valid)
-        largest = tl.maximum(
-            tl.max(tl.abs(query_first), axis=0), tl.max(tl.abs(query_second), axis=0)
-        )
-    if REST_TILE > 0:
-        query_rest = _query(query, 2 * HALF, D - 2 * HALF, REST_TILE, head_offset, valid)
-        largest = tl.maximum(largest, tl.max(tl.abs(query_rest), axis=0))
-
     state_max = tl.full([N], -float("inf"), tl.float32)
     state_sum = tl.zeros([N], tl.float32)
     state_center = tl.zeros([N], tl.float32)
@@ -279,7 +284,11 @@ def decode_splits(
         keys = exact_keys + (line + place)[:, None] * D
         scores = tl.zeros([EXACT_TILE, N], tl.float32)
         if split * EXACT_TILE < count:
+            own = query + (batch * H + head) * G * D
+            head_offset = group_head * D
             if HALF > 0:
+                query_first = _query(own, 0, HALF, HALF_TILE, head_offset, valid)
+                query_second = _query(own, HALF, HALF, HALF_TILE, head_offset, valid)
                 pair = tl.arange(0, HALF_TILE)
                 loaded = held[:, None] & (pair < HALF)[None, :]
                 first = tl.load(keys + pair[None, :], mask=loaded, other=0.0).to(tl.float32)
@@ -297,6 +306,7 @@ def decode_splits(
                     second * cos + first * sin, query_second, scores, input_precision=PRECISION
                 )
             if REST_TILE > 0:
+                query_rest = _query(own, 2 * HALF, D - 2 * HALF, REST_TILE, head_offset, valid)
                 pair = tl.arange(0, REST_TILE)
                 loaded = held[:, None] & (pair < D - 2 * HALF)[None, :]
                 rest = tl.load(keys + 2 * HALF + pair[None, :], mask=loaded, other=0.0)
@@ -316,47 +326,41 @@ def decode_splits(
             )
             state_out = tl.dot(values.to(tl.float32), weight, state_out, input_precision=PRECISION)
     else:
-        # What f16 has to hold of a query is at most sqrt(2).
-        largest = tl.where(largest > 0, largest, 1.0)
-        query_first /= largest[None, :]
-        query_second /= largest[None, :]
-        rest_half = (query_rest / largest[None, :]).to(tl.float16)
-        query_scale = largest * score_scale
+        row = (batch * H + head).to(tl.int64)
+        query_scale = tl.load(sizes + row * GROUP_WIDTH + group_head, mask=valid, other=0.0)
+        query_scale *= score_scale
         pages = tl.load(row_lengths)
         each = tl.cdiv(pages, splits - EXACT_SPLITS)
         start = (split - EXACT_SPLITS) * each
-        pair = _places(0, HALF, HALF_TILE) if HALF > 0 else tl.arange(0, HALF_TILE)
-        high = tl.load(phase_high + pair) if HALF > 0 else tl.zeros([HALF_TILE], tl.int32)
-        low = tl.load(phase_low + pair) if HALF > 0 else tl.zeros([HALF_TILE], tl.int32)
         half_range = key_half_range + head * D
         center = key_center + head * D
-        row_weights = weights + (batch * H + head).to(tl.int64) * weight_tokens * G
-        row_max = group_max + (batch * H + head).to(tl.int64) * (weight_tokens // GROUP) * G
+        row_weights = weights + row * weight_tokens * G
+        row_max = group_max + row * (weight_tokens // GROUP) * G
         for index in range(start, tl.minimum(start + each, pages)):
             entry = tl.load(block_table + batch * table_width + index)
             page = (entry & 0x7FFFFF).to(tl.int64)
             length = 256 - (entry >> 23)
             base = tl.load(base_positions + page)
             positions = irregular_positions - (base + 1) * 256
-            if IRREGULAR:
-                page_first = query_first.to(tl.float16)
-                page_second = query_second.to(tl.float16)
-            else:
-                cos, sin = cos_sin(tl.full([HALF_TILE], base, tl.int32), high, low)
-                cos, sin = cos[:, None], sin[:, None]
-                page_first = (query_first * cos + query_second * sin).to(tl.float16)
-                page_second = (query_second * cos - query_first * sin).to(tl.float16)
+            queries = turned + (row * max_pages + index) * (D * GROUP_WIDTH)
+            page_first = _turned(queries, 0, HALF, HALF_TILE, group_head, GROUP_WIDTH)
+            page_second = _turned(queries, HALF, HALF, HALF_TILE, group_head, GROUP_WIDTH)
+            page_rest = page_first
+            if REST_TILE > 0:
+                page_rest = _turned(
+                    queries, 2 * HALF, D - 2 * HALF, REST_TILE, group_head, GROUP_WIDTH
+                )
             page_key_words = key_words + (page * H + head) * (K_BITS * 8 * D)
             page_value_words = value_words + (page * H + head) * (V_BITS * 8 * D)
             scale_head = head if SCALE_HEADS > 1 else 0
-            page_scales = value_scales + (page * SCALE_HEADS + scale_head) * 512
+            page_scales = scales + (page * SCALE_HEADS + scale_head) * 512
             page_weights = row_weights + index * 256 * G
             page_max = row_max + index * GROUPS * G
             WITH_SPARE: tl.constexpr = K_BITS == 3 or V_BITS == 3
             for group in range(3 if WITH_SPARE else 4):
                 state_max, state_sum, state_center, state_out = _attend_group(
                     state_max, state_sum, state_center, state_out,
-                    page_first, page_second, rest_half, query_scale,
+                    page_first, page_second, page_rest, query_scale,
                     page_key_words, page_value_words, page_scales, half_range, center,
                     key_table, value_table, offset_cos, offset_sin, phase_high, phase_low,
                     base, positions, rotary_scaling, page_weights, page_max, group, length, softcap,
@@ -366,7 +370,7 @@ def decode_splits(
             if WITH_SPARE:
                 state_max, state_sum, state_center, state_out = _attend_group(
                     state_max, state_sum, state_center, state_out,
-                    page_first, page_second, rest_half, query_scale,
+                    page_first, page_second, page_rest, query_scale,
                     page_key_words, page_value_words, page_scales, half_range, center,
                     key_table, value_table, offset_cos, offset_sin, phase_high, phase_low,
                     base, positions, rotary_scaling, page_weights, page_max, 3, length, softcap,

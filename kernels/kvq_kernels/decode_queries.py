@@ -1,0 +1,100 @@
+"""Decode attention, first kernel: queries turned back by each page's base position.
+
+With the query turned back, keys of a page need to be turned by their place in it only:
+``q . R(base + u) k = (R(-base) q) . R(u) k``. All later kernels read what is left here.
+"""
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvq_kernels.phases import cos_sin
+
+
+@triton.jit
+def _query(query, FIRST: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, valid, D):
+    """Queries f32 ``[N, TILE]``, zero where there is none."""
+    place = tl.arange(0, TILE)
+    head = tl.arange(0, valid.shape[0])
+    mask = valid[:, None] & (place < COUNT)[None, :]
+    return tl.load(query + head[:, None] * D + FIRST + place[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def _keep(turned, numbers, FIRST: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, N):
+    place = tl.arange(0, TILE)
+    head = tl.arange(0, numbers.shape[0])
+    tl.store(
+        turned + (FIRST + place)[None, :] * N + head[:, None],
+        numbers.to(tl.float16),
+        mask=(place < COUNT)[None, :],
+    )
+
+
+@triton.jit
+def turn_queries(
+    query,
+    block_table,
+    lengths,
+    base_positions,
+    phase_high,
+    phase_low,
+    turned,
+    sizes,
+    table_width,
+    max_pages,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    GROUP_WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_TILE: tl.constexpr,
+    REST_TILE: tl.constexpr,
+    IRREGULAR: tl.constexpr,
+):
+    """Program ``(page of the row, h, b)``.
+
+    Writes ``turned`` f16 ``[B, H, max_pages, D, GROUP_WIDTH]``, queries divided by their largest
+    number so that f16 holds them, and that number, ``sizes`` f32 ``[B, H, GROUP_WIDTH]``. The width
+    is G, rounded up to a power of two; heads behind G are 0. With IRREGULAR queries are not turned.
+    """
+    index, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if index < tl.load(lengths + batch * 3):
+        row = batch * H + head
+        query += row * G * D
+        group_head = tl.arange(0, GROUP_WIDTH)
+        valid = group_head < G
+        largest = tl.zeros([GROUP_WIDTH], tl.float32)
+        first = tl.zeros([GROUP_WIDTH, HALF_TILE], tl.float32)
+        second = tl.zeros([GROUP_WIDTH, HALF_TILE], tl.float32)
+        if HALF > 0:
+            first = _query(query, 0, HALF, HALF_TILE, valid, D)
+            second = _query(query, HALF, HALF, HALF_TILE, valid, D)
+            largest = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1)
+        rest = tl.zeros([GROUP_WIDTH, 16], tl.float32)
+        if REST_TILE > 0:
+            rest = _query(query, 2 * HALF, D - 2 * HALF, REST_TILE, valid, D)
+            largest = tl.maximum(largest, tl.max(tl.abs(rest), axis=1))
+        largest = tl.where(largest > 0, largest, 1.0)
+        if index == 0:
+            tl.store(sizes + row * GROUP_WIDTH + group_head, largest)
+        turned += (row.to(tl.int64) * max_pages + index) * (D * GROUP_WIDTH)
+        if HALF > 0:
+            first /= largest[:, None]
+            second /= largest[:, None]
+            if not IRREGULAR:
+                page = (tl.load(block_table + batch * table_width + index) & 0x7FFFFF).to(tl.int64)
+                pair = tl.minimum(tl.arange(0, HALF_TILE), HALF - 1)
+                high, low = tl.load(phase_high + pair), tl.load(phase_low + pair)
+                base = tl.full([HALF_TILE], tl.load(base_positions + page), tl.int32)
+                cos, sin = cos_sin(base, high, low)
+                cos, sin = cos[None, :], sin[None, :]
+                first, second = first * cos + second * sin, second * cos - first * sin
+            _keep(turned, first, 0, HALF, HALF_TILE, GROUP_WIDTH)
+            _keep(turned, second, HALF, HALF, HALF_TILE, GROUP_WIDTH)
+        if REST_TILE > 0:
+            _keep(turned, rest / largest[:, None], 2 * HALF, D - 2 * HALF, REST_TILE, GROUP_WIDTH)
