@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ def rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+BUDGETED_TRITON = "3.7"
+"""Another compiler makes other code: 3.6 takes a quarter more."""
+
+
+@pytest.mark.skipif(
+    not version("triton").startswith(BUDGETED_TRITON),
+    reason=f"budgets are counted with Triton {BUDGETED_TRITON}",
+)
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
 def test_no_budget_is_exceeded(target: str) -> None:
     # The interpreter and the compiler exclude each other in one process.

@@ -20,20 +20,18 @@ from kvq_kernels.kernel_tables import KernelTables
 from kvq_kernels.packed_rows import table_entry
 from kvq_kernels.phases import Phases
 from packed_cases import PackedCase, cut_last_pages, make_case, on_device
-from poisoned import PoisonedWorkspace
+from poisoned import PoisonedWorkspace, empty_is_nan
 
 SIGMAS = 6
 
 
 def run(case: PackedCase, options: AttentionOptions, device: torch.device, **how: Any) -> Tensor:
-    found = decode(
-        case.query.to(device),
-        on_device(case.rows, device),
-        KernelTables.of(case.parameters, case.config, device=device),
-        Phases.of(case.angles, device=device),
-        options=options,
-        **{"workspace": PoisonedWorkspace(), **how},
-    )
+    given = {"workspace": PoisonedWorkspace(), **how}
+    query, rows = case.query.to(device), on_device(case.rows, device)
+    tables = KernelTables.of(case.parameters, case.config, device=device)
+    phases = Phases.of(case.angles, device=device)
+    with empty_is_nan():
+        found = decode(query, rows, tables, phases, options=options, **given)
     assert found.dtype == torch.float32
     return found.cpu().double()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -18,3 +21,15 @@ class PoisonedWorkspace(Workspace):
         if buffer.dtype.is_floating_point:
             return buffer.fill_(torch.nan)
         return buffer.fill_(torch.iinfo(dtype).max)
+
+
+@contextmanager
+def empty_is_nan() -> Iterator[None]:
+    """``torch.empty`` gives NaN inside: torch does so where results must be deterministic."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(4).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
