@@ -77,7 +77,7 @@ TYPES = {
     "block_table": "*i32", "lengths": "*i32", "base_positions": "*i32",
     "irregular_positions": "*i32", "phase_high": "*i32", "phase_low": "*i32",
     "offset_cos": "*fp16", "offset_sin": "*fp16", "exact_keys": "*bf16", "exact_values": "*bf16",
-    "exact_positions": "*i32", "weights": "*fp16", "group_max": "*fp32", "split_out": "*fp32",
+    "exact_positions": "*i32", "weights": "*fp16", "page_max": "*fp32", "split_out": "*fp32",
     "split_max": "*fp32", "split_sum": "*fp32", "table_width": "i32", "weight_tokens": "i32",
     "exact_room": "i32", "score_scale": "fp32", "softcap": "fp32", "rotary_scaling": "fp32",
     "pools": "*i16", "counts": "*u8", "half_range": "*fp32", "residual_step": "fp32",
@@ -192,12 +192,11 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
         taken = {name: known[name] for name in kernel.arg_names if name in known}
         return code_of(kernel, taken, target=target, warps=warps, stages=stages)
 
-    three = 3 in (shape.key_bits, shape.value_bits)
     turn = code(turn_queries, 1)
     splits = code(decode_splits, MAIN_WARPS, stages=1)
     merge = code(merge_splits, 4)
     codes = [turn, splits, merge]
-    total = PAGES * _issued(turn, {}) + _issued(splits, {"0": PAGES, "0.0": 3 if three else 4})
+    total = PAGES * _issued(turn, {}) + _issued(splits, {"0": PAGES})
     tiles = -(-(SPLITS + exact_splits) // SPLIT_TILE.value)
     total += _issued(merge, {"0": tiles}) * G / SPLITS
     if shape.outliers:

@@ -28,7 +28,6 @@ from kvq_kernels.decode_splits import EXACT_TILE, LOG2_E, decode_splits
 from kvq_kernels.kernel_tables import KernelTables, channel_tiles
 from kvq_kernels.launch import current, exact_precision, group_tile, page_splits, warp_lanes
 from kvq_kernels.packed_rows import PackedRows
-from kvq_kernels.pair_lookup import GROUP
 from kvq_kernels.phases import Phases
 from kvq_kernels.workspace import Workspace
 
@@ -89,7 +88,7 @@ def decode(
         "turned": take("turned", B, H, max_pages, D, width, dtype=torch.float16),
         "sizes": take("sizes", B, H, width),
         "weights": take("weights", B, H, tokens, G, dtype=torch.float16),
-        "group_max": take("group max", B, H, tokens // GROUP.value, G),
+        "page_max": take("page max", B, H, max_pages if tokens else 0, G),
         "split_out": take("split out", B, H, all_splits, G, D),
         "split_max": take("split max", B, H, all_splits, G),
         "split_sum": take("split sum", B, H, all_splits, G),
@@ -188,13 +187,13 @@ def scratch_bytes(
 
     Counted: queries of each page, f16, and a number a head; of each split an output and two numbers
     a query head, f32; with outliers a weight in f16 for each token and query head, and a number in
-    f32 for each 64 of them.
+    f32 for each page of them.
     """
     splits = page_splits(batch=batch, num_kv_heads=num_kv_heads, max_pages=max_pages, device=device)
     splits += triton.cdiv(exact_room, EXACT_TILE.value)
     heads = batch * num_heads
     tokens = max_pages * PAGE_TOKENS if outliers else 0
-    weights = heads * (2 * tokens + 4 * (tokens // GROUP.value))
+    weights = heads * (2 * tokens + 4 * (tokens // PAGE_TOKENS))
     padded = batch * num_kv_heads * triton.next_power_of_2(num_heads // num_kv_heads)
     turned = padded * (2 * max_pages * head_dim + 4)
     return 4 * heads * (splits * (head_dim + 2) + head_dim) + weights + turned

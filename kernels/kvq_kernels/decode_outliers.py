@@ -12,7 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvq_kernels.pair_lookup import GROUP, GROUPS
 from kvq_kernels.phases import cos_sin
 
 
@@ -125,10 +124,11 @@ def value_outlier_sums(
     block_table,
     lengths,
     weights,
-    group_max,
+    page_max,
     split_out,
     split_max,
     table_width,
+    max_pages,
     weight_tokens,
     residual_step,
     H: tl.constexpr,
@@ -142,8 +142,8 @@ def value_outlier_sums(
 ):
     """Program ``(split of pages and part, h, b)``: add value outliers to weighted values.
 
-    Reads the weights that the main kernel left, f16, relative to the largest score of their group
-    of 64 tokens at that moment, f32 ``[B, H, weight_tokens / 64, G]``.
+    Reads the weights that the main kernel left, f16, relative to the largest score that the split
+    had met by the end of their page, f32 ``[B, H, max_pages, G]``.
     """
     PARTS: tl.constexpr = (D + PART - 1) // PART
     split, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -171,7 +171,9 @@ def value_outlier_sums(
             scale_head = head if SCALE_HEADS > 1 else 0
             page_scales = scales + (page * SCALE_HEADS + scale_head) * 512
             page_weights = weights + (row * weight_tokens + index * 256) * G + group_head[:, None]
-            maxima = group_max + (row * (weight_tokens // GROUP) + index * GROUPS) * G
+            met = page_max + (row * max_pages + index) * G + group_head
+            met = tl.load(met, mask=group_head < G, other=-float("inf"))[:, None]
+            page_sums = tl.zeros([GROUP_WIDTH, PART], tl.float32)
             for step in range(tl.max(end - start, axis=0)):
                 active = start + step < end
                 entry = tl.load(entries + start + step, mask=active, other=0).to(tl.int32)
@@ -180,9 +182,8 @@ def value_outlier_sums(
                 residual *= tl.load(page_scales + 2 * token, mask=active, other=0.0).to(tl.float32)
                 asked = active[None, :] & valid
                 weight = tl.load(page_weights + token[None, :] * G, mask=asked, other=0.0)
-                place = (token // GROUP)[None, :] * G + group_head[:, None]
-                moved = tl.load(maxima + place, mask=asked, other=-float("inf"))
-                sums += weight.to(tl.float32) * tl.exp2(moved - largest) * residual[None, :]
+                page_sums += weight.to(tl.float32) * residual[None, :]
+            sums += page_sums * tl.exp2(met - largest)
         place = split_out + line[:, None] * D + channel[None, :]
         mask = valid & is_channel[None, :]
         tl.store(place, tl.load(place, mask=mask, other=0.0) + sums, mask=mask)

@@ -13,7 +13,7 @@ from typing import Final
 import triton
 import triton.language as tl
 
-from kvq_kernels.pair_lookup import GROUP, GROUPS, decode_pairs, group_shift, group_words
+from kvq_kernels.pair_lookup import GROUP, decode_pairs, group_shift, group_words
 from kvq_kernels.phases import cos_sin
 
 EXACT_TILE: Final = tl.constexpr(32)
@@ -31,15 +31,6 @@ def soft_capped(scores, softcap):
 
 
 @triton.jit
-def _places(FIRST: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr):
-    """Channels of a tile; places behind COUNT repeat the last one, their queries are zero."""
-    place = tl.arange(0, TILE)
-    if TILE > COUNT:
-        place = tl.minimum(place, COUNT - 1)
-    return FIRST + place
-
-
-@triton.jit
 def _keys(
     words,
     half_range,
@@ -53,14 +44,17 @@ def _keys(
     TILE: tl.constexpr,
     D: tl.constexpr,
     BITS: tl.constexpr,
-    SPARE: tl.constexpr,
 ):
     """Keys before RoPE, f16 ``[64, TILE]``, of channels FIRST to FIRST + COUNT - 1."""
-    pair = _places(FIRST // 2, COUNT // 2, TILE // 2)
-    channel = _places(FIRST, COUNT, TILE)
-    coded = group_words(8 * D, words + row[:, None] * (D // 2) + pair[None, :], group, BITS, SPARE)
+    pair, place = tl.arange(0, TILE // 2), tl.arange(0, TILE)
+    words += row[:, None] * (D // 2) + FIRST // 2 + pair[None, :]
+    # Behind COUNT: codes of anything, scaled to 0, as their queries are.
+    inside = place < COUNT
+    coded = group_words(8 * D, words, group, BITS, group == 3, (pair < COUNT // 2)[None, :])
     numbers = decode_pairs(coded, shift[:, None], table, BITS)
-    return numbers * tl.load(half_range + channel)[None, :] + tl.load(center + channel)[None, :]
+    scale = tl.load(half_range + FIRST + place, mask=inside, other=0.0)
+    shifted = tl.load(center + FIRST + place, mask=inside, other=0.0)
+    return numbers * scale[None, :] + shifted[None, :]
 
 
 @triton.jit
@@ -91,22 +85,15 @@ def _turned(
 
 
 @triton.jit
-def _attend_group(
-    state_max,
-    state_sum,
-    state_center,
-    state_out,
+def _scores(
     query_first,
     query_second,
     query_rest,
     query_scale,
     key_words,
-    value_words,
-    page_scales,
     half_range,
     center,
     key_table,
-    value_table,
     offset_cos,
     offset_sin,
     phase_high,
@@ -115,8 +102,6 @@ def _attend_group(
     positions,
     rotary_scaling,
     weights,
-    group_max,
-    group,
     length,
     softcap,
     group_head,
@@ -125,34 +110,32 @@ def _attend_group(
     HALF: tl.constexpr,
     HALF_TILE: tl.constexpr,
     REST_TILE: tl.constexpr,
-    D_TILE: tl.constexpr,
-    K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr,
+    BITS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KEY_OUTLIERS: tl.constexpr,
-    VALUE_OUTLIERS: tl.constexpr,
     IRREGULAR: tl.constexpr,
-    SPARE: tl.constexpr,
+    group: tl.constexpr,
 ):
-    """Take 64 tokens of a page into the running softmax."""
+    """Scores of 64 tokens of a page, in units of ``exp2``, f32 ``[64, N]``."""
     token = tl.arange(0, GROUP)
     place = group * GROUP + token
     row, subset = token % 16, token // 16
-    shift = group_shift(subset, group, K_BITS)
+    shift = group_shift(subset, group, BITS)
     scores = tl.zeros([GROUP, group_head.shape[0]], tl.float32)
     if HALF > 0:
         first = _keys(
             key_words, half_range, center, key_table, row, shift, group,
-            0, HALF, HALF_TILE, D, K_BITS, SPARE,
+            0, HALF, HALF_TILE, D, BITS,
         )  # fmt: skip
         second = _keys(
             key_words, half_range, center, key_table, row, shift, group,
-            HALF, HALF, HALF_TILE, D, K_BITS, SPARE,
+            HALF, HALF, HALF_TILE, D, BITS,
         )  # fmt: skip
-        pair = _places(0, HALF, HALF_TILE)
+        pair = tl.arange(0, HALF_TILE)
+        inside = pair < HALF
         if IRREGULAR:
-            high = tl.load(phase_high + pair)[None, :]
-            low = tl.load(phase_low + pair)[None, :]
+            high = tl.load(phase_high + pair, mask=inside, other=0)[None, :]
+            low = tl.load(phase_low + pair, mask=inside, other=0)[None, :]
             # Absolute, and the page's queries are not turned back.
             position = tl.load(positions + place, mask=base < 0, other=0)
             position = tl.where(base < 0, position, base + place)
@@ -160,51 +143,41 @@ def _attend_group(
             cos = (cos * rotary_scaling).to(tl.float16)
             sin = (sin * rotary_scaling).to(tl.float16)
         else:
-            cos = tl.load(offset_cos + place[:, None] * HALF + pair[None, :])
-            sin = tl.load(offset_sin + place[:, None] * HALF + pair[None, :])
+            angle = place[:, None] * HALF + pair[None, :]
+            cos = tl.load(offset_cos + angle, mask=inside[None, :], other=0.0)
+            sin = tl.load(offset_sin + angle, mask=inside[None, :], other=0.0)
         scores = tl.dot(first * cos - second * sin, query_first, scores)
         scores = tl.dot(second * cos + first * sin, query_second, scores)
     if REST_TILE > 0:
         rest = _keys(
             key_words, half_range, center, key_table, row, shift, group,
-            2 * HALF, D - 2 * HALF, REST_TILE, D, K_BITS, SPARE,
+            2 * HALF, D - 2 * HALF, REST_TILE, D, BITS,
         )  # fmt: skip
         scores = tl.dot(rest, query_rest, scores)
     scores *= query_scale[None, :]
-    kept = weights + place[:, None] * G + group_head[None, :]
-    is_head = (group_head < G)[None, :]
     if KEY_OUTLIERS:
-        scores += tl.load(kept, mask=is_head, other=0.0).to(tl.float32)
+        outlier_scores = weights + place[:, None] * G + group_head[None, :]
+        is_head = (group_head < G)[None, :]
+        scores += tl.load(outlier_scores, mask=is_head, other=0.0).to(tl.float32)
     if SOFTCAP:
         scores = soft_capped(scores, softcap)
-    scores = tl.where((place < length)[:, None], scores, -float("inf"))
+    return tl.where((place < length)[:, None], scores, -float("inf"))
 
-    largest = tl.maximum(state_max, tl.max(scores, axis=0))
-    weight = tl.exp2(scores - largest[None, :])
-    decay = tl.exp2(state_max - largest)
-    state_sum = state_sum * decay + tl.sum(weight, axis=0)
-    if VALUE_OUTLIERS:
-        tl.store(kept, weight.to(tl.float16), mask=is_head)
-        tl.store(group_max + group * G + group_head, largest, mask=group_head < G)
 
-    # A value is half_range * z + center of its token: both fold into the weights. The largest
-    # half-range of the group is taken out, so that what f16 has to hold is at most 1.
-    token_range = tl.load(page_scales + 2 * place).to(tl.float32)
-    token_center = tl.load(page_scales + 2 * place + 1).to(tl.float32)
-    state_center = state_center * decay + tl.sum(weight * token_center[:, None], axis=0)
-    widest = tl.max(token_range, axis=0)
-    weight = weight * (token_range / widest)[:, None]
-    channel = _places(0, D, D_TILE)
-    pair = tl.arange(0, GROUP // 2)
-    coded = group_words(
-        8 * D, value_words + channel[:, None] * 8 + (pair % 8)[None, :], group, V_BITS, SPARE
-    )
-    values = decode_pairs(
-        coded, group_shift(pair // 8, group, V_BITS)[None, :], value_table, V_BITS
-    )
-    added = tl.dot(values, weight.to(tl.float16))
-    state_out = state_out * decay[None, :] + added * widest
-    return largest, state_sum, state_center, state_out
+@triton.jit
+def _values(
+    value_words,
+    value_table,
+    D: tl.constexpr,
+    D_TILE: tl.constexpr,
+    BITS: tl.constexpr,
+    group: tl.constexpr,
+):
+    """Values of 64 tokens of a page, in units of their half-ranges, f16 ``[D_TILE, 64]``."""
+    channel, pair = tl.arange(0, D_TILE), tl.arange(0, GROUP // 2)
+    words = value_words + channel[:, None] * 8 + (pair % 8)[None, :]
+    coded = group_words(8 * D, words, group, BITS, group == 3, (channel < D)[:, None])
+    return decode_pairs(coded, group_shift(pair // 8, group, BITS)[None, :], value_table, BITS)
 
 
 @triton.jit
@@ -231,7 +204,7 @@ def decode_splits(
     exact_values,
     exact_positions,
     weights,
-    group_max,
+    page_max,
     split_out,
     split_max,
     split_sum,
@@ -335,7 +308,7 @@ def decode_splits(
         half_range = key_half_range + head * D
         center = key_center + head * D
         row_weights = weights + row * weight_tokens * G
-        row_max = group_max + row * (weight_tokens // GROUP) * G
+        row_max = page_max + row * max_pages * G
         for index in range(start, tl.minimum(start + each, pages)):
             entry = tl.load(block_table + batch * table_width + index)
             page = (entry & 0x7FFFFF).to(tl.int64)
@@ -355,28 +328,57 @@ def decode_splits(
             scale_head = head if SCALE_HEADS > 1 else 0
             page_scales = scales + (page * SCALE_HEADS + scale_head) * 512
             page_weights = row_weights + index * 256 * G
-            page_max = row_max + index * GROUPS * G
-            WITH_SPARE: tl.constexpr = K_BITS == 3 or V_BITS == 3
-            for group in range(3 if WITH_SPARE else 4):
-                state_max, state_sum, state_center, state_out = _attend_group(
-                    state_max, state_sum, state_center, state_out,
-                    page_first, page_second, page_rest, query_scale,
-                    page_key_words, page_value_words, page_scales, half_range, center,
-                    key_table, value_table, offset_cos, offset_sin, phase_high, phase_low,
-                    base, positions, rotary_scaling, page_weights, page_max, group, length, softcap,
-                    group_head, G, D, HALF, HALF_TILE, REST_TILE, D_TILE, K_BITS, V_BITS,
-                    SOFTCAP, KEY_OUTLIERS, VALUE_OUTLIERS, IRREGULAR, False,
+            # One softmax a page: reductions and rescaling cost as much for 64 tokens as for 256.
+            scores = ()
+            for group in tl.static_range(4):
+                # Fences keep the compiler from loading all groups at once, for which there are no
+                # registers; where there are, it does better without.
+                if D_TILE > 128 or D_TILE > D:
+                    tl.debug_barrier()
+                scores += (
+                    _scores(
+                        page_first, page_second, page_rest, query_scale, page_key_words, half_range,
+                        center, key_table, offset_cos, offset_sin, phase_high, phase_low, base,
+                        positions, rotary_scaling, page_weights, length, softcap, group_head,
+                        G, D, HALF, HALF_TILE, REST_TILE, K_BITS, SOFTCAP, KEY_OUTLIERS, IRREGULAR,
+                        group,
+                    ),
                 )  # fmt: skip
-            if WITH_SPARE:
-                state_max, state_sum, state_center, state_out = _attend_group(
-                    state_max, state_sum, state_center, state_out,
-                    page_first, page_second, page_rest, query_scale,
-                    page_key_words, page_value_words, page_scales, half_range, center,
-                    key_table, value_table, offset_cos, offset_sin, phase_high, phase_low,
-                    base, positions, rotary_scaling, page_weights, page_max, 3, length, softcap,
-                    group_head, G, D, HALF, HALF_TILE, REST_TILE, D_TILE, K_BITS, V_BITS,
-                    SOFTCAP, KEY_OUTLIERS, VALUE_OUTLIERS, IRREGULAR, True,
-                )  # fmt: skip
+            tl.debug_barrier()
+            largest = tl.maximum(tl.maximum(scores[0], scores[1]), tl.maximum(scores[2], scores[3]))
+            largest = tl.maximum(state_max, tl.max(largest, axis=0))
+            decay = tl.exp2(state_max - largest)
+            state_max = largest
+            token = tl.arange(0, GROUP)
+            widest = tl.zeros([GROUP], tl.float32)
+            for group in tl.static_range(4):
+                token_range = tl.load(page_scales + 2 * (group * GROUP + token)).to(tl.float32)
+                widest = tl.maximum(widest, token_range)
+            widest = tl.max(widest, axis=0)
+            total = tl.zeros([GROUP, N], tl.float32)
+            centers = tl.zeros([GROUP, N], tl.float32)
+            added = tl.zeros([D_TILE, N], tl.float32)
+            for group in tl.static_range(4):
+                place = group * GROUP + token
+                weight = tl.exp2(scores[group] - largest[None, :])
+                total += weight
+                if VALUE_OUTLIERS:
+                    kept = page_weights + place[:, None] * G + group_head[None, :]
+                    tl.store(kept, weight.to(tl.float16), mask=valid[None, :])
+                # A value is half_range * z + center of its token: both fold into the weights. The
+                # largest half-range of the page is taken out, so that f16 holds at most 1.
+                token_range = tl.load(page_scales + 2 * place).to(tl.float32)
+                token_center = tl.load(page_scales + 2 * place + 1).to(tl.float32)
+                centers += weight * token_center[:, None]
+                weight *= (token_range / widest)[:, None]
+                tl.debug_barrier()
+                values = _values(page_value_words, value_table, D, D_TILE, V_BITS, group)
+                added = tl.dot(values, weight.to(tl.float16), added)
+            state_sum = state_sum * decay + tl.sum(total, axis=0)
+            state_center = state_center * decay + tl.sum(centers, axis=0)
+            state_out = state_out * decay[None, :] + added * widest
+            if VALUE_OUTLIERS:
+                tl.store(row_max + index * G + group_head, largest, mask=valid)
         state_out += state_center[None, :]
 
     place = ((batch * H + head).to(tl.int64) * splits + split) * G + group_head

@@ -39,19 +39,19 @@ def pair_table(codebook: Codebook, *, device: torch.device | str) -> Tensor:
 
 
 @triton.jit
-def group_words(plane_stride, words, group, BITS: tl.constexpr, SPARE: tl.constexpr):
-    """Words i32 of one group, to be shifted by ``group_shift``.
+def group_words(plane_stride, words, group, BITS: tl.constexpr, SPARE: tl.constexpr, inside=None):
+    """Words i32 of one group, to be shifted by ``group_shift``; anything where not ``inside``.
 
     ``words`` points to places of plane 0. SPARE says that this is the fourth group: at 3 bits it
     has no plane and is gathered from the fourth bits of the nibbles of the three others.
     """
     if BITS == 2:
-        return tl.load(words + (group // 2) * plane_stride)
+        return tl.load(words + (group // 2) * plane_stride, mask=inside)
     if BITS == 3 and SPARE:
-        spare = (tl.load(words) >> 3) & 0x11111111
-        spare |= (tl.load(words + plane_stride) >> 2) & 0x22222222
-        return spare | ((tl.load(words + 2 * plane_stride) >> 1) & 0x44444444)
-    return tl.load(words + group * plane_stride)
+        spare = (tl.load(words, mask=inside) >> 3) & 0x11111111
+        spare |= (tl.load(words + plane_stride, mask=inside) >> 2) & 0x22222222
+        return spare | ((tl.load(words + 2 * plane_stride, mask=inside) >> 1) & 0x44444444)
+    return tl.load(words + group * plane_stride, mask=inside)
 
 
 @triton.jit
