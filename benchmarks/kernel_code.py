@@ -59,17 +59,23 @@ class Target(StrEnum):
     CUDA_80 = "cuda:80"
     CUDA_90 = "cuda:90"
     HIP_GFX942 = "hip:gfx942"
+    HIP_GFX90A = "hip:gfx90a"
+
+    @property
+    def is_amd(self) -> bool:
+        """Whether ROCm compiles for it."""
+        return self.value.startswith("hip")
 
     @property
     def warp_size(self) -> int:
         """Threads that run an instruction together."""
-        return 64 if self is Target.HIP_GFX942 else 32
+        return 64 if self.is_amd else 32
 
     @property
     def max_shared_bytes(self) -> int:
         """Shared memory that one program can have on the device."""
-        kib = {Target.CUDA_80: 163, Target.CUDA_90: 227, Target.HIP_GFX942: 64}
-        return kib[self] * 1024
+        kib = {Target.CUDA_80: 163, Target.CUDA_90: 227}
+        return kib.get(self, 64) * 1024
 
     def for_triton(self) -> GPUTarget:
         """Return the target as Triton names it."""

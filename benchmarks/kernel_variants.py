@@ -99,22 +99,29 @@ ALIGNED = {"weight_tokens", "tokens", "stride_head", "stride_token"}
 
 @dataclass(frozen=True)
 class Shape:
-    """What a variant is compiled for; columns of the table."""
+    """What a variant is compiled for; columns of the table.
+
+    ``every_option``: a quarter of the channels rotated, positions that jump, a soft cap, learned
+    sinks, a scale a head: what few models or caches have.
+    """
 
     key_bits: int
     value_bits: int
     head_dim: int
     group: int
     outliers: bool
+    every_option: bool
 
     @classmethod
-    def of(cls, settings: Mapping[str, str]) -> Shape:
+    def of(cls, budget: Budget) -> Shape:
+        settings = budget.settings
         return cls(
             key_bits=int(settings["key_bits"]),
             value_bits=int(settings["value_bits"]),
             head_dim=int(settings["head_dim"]),
             group=int(settings["group"]),
             outliers=settings["outliers"] == "1",
+            every_option=budget.variant == "every option",
         )
 
 
@@ -162,29 +169,30 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
     D, G = shape.head_dim, shape.group
     lanes = target.warp_size
     exact_splits = -(-WINDOW // EXACT_TILE.value)
+    half = D // 8 if shape.every_option else D // 2
     constants = {
         "HQ": 8 * G,
         "H": 8,
         "G": G,
         "GROUP_WIDTH": next_power_of_2(G),
-        "N": max(16 if target is Target.HIP_GFX942 else 8, next_power_of_2(G)),
+        "N": max(16 if target.is_amd else 8, next_power_of_2(G)),
         "D": D,
-        "HALF": D // 2,
-        "HALF_TILE": next_power_of_2(D // 2),
-        "REST_TILE": 0,
+        "HALF": half,
+        "HALF_TILE": max(16, next_power_of_2(half)),
+        "REST_TILE": next_power_of_2(D - 2 * half) if 2 * half < D else 0,
         "D_TILE": next_power_of_2(D),
         "K_BITS": shape.key_bits,
         "V_BITS": shape.value_bits,
         "CHANNEL_BITS": (D - 1).bit_length(),
-        "SCALE_HEADS": 1,
+        "SCALE_HEADS": 8 if shape.every_option else 1,
         "EXACT_SPLITS": exact_splits,
         "PART": lanes,
-        "SOFTCAP": False,
-        "SINK_LOGITS": False,
+        "SOFTCAP": shape.every_option,
+        "SINK_LOGITS": shape.every_option,
         "KEY_OUTLIERS": shape.outliers,
         "VALUE_OUTLIERS": shape.outliers,
-        "IRREGULAR": False,
-        "PRECISION": "tf32",
+        "IRREGULAR": shape.every_option,
+        "PRECISION": "ieee" if target.is_amd else "tf32",
     }
 
     def code(kernel: Any, warps: int, *, stages: int = 3, **more: Any) -> KernelCode:
@@ -232,8 +240,9 @@ def measure_prefill(shape: Shape, target: Target) -> Measured:
     """Prefill attention over decoded pages, with masks and without, and over exact tokens."""
     D_TILE = next_power_of_2(shape.head_dim)
     codes = []
-    for precision, masked in (("half", False), ("half", True), ("tf32", True)):
-        cut = prefill.tiles(D_TILE, precision, amd=target is Target.HIP_GFX942)
+    exactly = "ieee" if target.is_amd else "tf32"
+    for precision, masked in (("half", False), ("half", True), (exactly, True)):
+        cut = prefill.tiles(D_TILE, precision, amd=target.is_amd)
         exact = {"keys": "*fp32", "values": "*bf16"} if precision != "half" else {}
         codes.append(
             code_of(
@@ -347,7 +356,7 @@ MEASURES: dict[str, Callable[[Shape, Target], Measured]] = {
 
 def measure(budget: Budget) -> Measured:
     """Compile what a row of the table is about."""
-    return MEASURES[budget.kernel](Shape.of(budget.settings), budget.target)
+    return MEASURES[budget.kernel](Shape.of(budget), budget.target)
 
 
 def lower_budgets(measured: Mapping[str, Measured]) -> None:

@@ -18,13 +18,15 @@ BEGIN, END = "<!-- budgets -->\n", "<!-- end of budgets -->\n"
 
 
 def table() -> str:
-    """Decode kernels by shape; instructions for each number, and bytes of stack if any, by target."""
+    """Decode kernels by shape: instructions for each number, and bytes of stack, by target."""
     with BUDGETS.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["kernel"] == "decode"]
     targets = list(dict.fromkeys(row["target"] for row in rows))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         outliers = "1 %" if row["outliers"] == "1" else "none"
+        if row["variant"] != "portable":
+            outliers += f", {row['variant']}"
         shape = (
             f"{row['key_bits']} / {row['value_bits']} | {row['head_dim']} | {row['group']} "
             f"| {outliers}"

@@ -70,7 +70,7 @@ def decode(
     exact_splits = triton.cdiv(room, EXACT_TILE.value)
     all_splits = exact_splits + splits
     key_pool, value_list = rows.key_pages.outliers.shape[-1], rows.value_pages.outliers.shape[-1]
-    key_outliers, value_outliers = max_pages * key_pool > 0, max_pages * value_list > 0
+    key_outliers, value_outliers = key_pool > 0, value_list > 0
     tokens = max_pages * PAGE_TOKENS if key_outliers or value_outliers else 0
     width = triton.next_power_of_2(G)
     lanes = warp_lanes(device)
@@ -154,11 +154,11 @@ def decode(
     with current(device):
         if max_pages:
             launch(turn_queries, max_pages, H, B, num_warps=1)
-        if key_outliers:
+        if key_outliers and max_pages:
             how = {"CAPACITY": key_pool, "residual_step": tables.parameters.key.outlier_step}
             launch(key_outlier_scores, max_pages, H, B, num_warps=1, **how)
         launch(decode_splits, all_splits, H, B, num_warps=MAIN_WARPS, num_stages=1)
-        if value_outliers:
+        if value_outliers and max_pages:
             how = {"CAPACITY": value_list, "residual_step": tables.parameters.value.outlier_step}
             launch(value_outlier_sums, splits * triton.cdiv(D, lanes), H, B, num_warps=1, **how)
         launch(merge_splits, HQ, B, num_warps=4)

@@ -1,4 +1,4 @@
-"""Decode attention in plain torch: the reference of ``kvq_kernels.decode``, same signature."""
+"""Decode attention in plain torch: the reference of ``kvq_kernels.decode``, over the same rows."""
 
 from __future__ import annotations
 

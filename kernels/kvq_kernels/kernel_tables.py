@@ -11,12 +11,14 @@ from torch import Tensor
 
 from kvq_formats.codebook import LEVELS
 from kvq_formats.errors import KVQError
+from kvq_kernels.launch import LARGEST_GROUP, LARGEST_HEAD_DIM
 from kvq_kernels.pair_lookup import pair_table
 
 if TYPE_CHECKING:
     from kvq_formats.config import KVQConfig
     from kvq_formats.parameters import LayerParameters
     from kvq_kernels.phases import Phases
+    from kvq_kernels.rotary import RotaryAngles
 
 HALF_LARGEST = torch.finfo(torch.float16).max
 SMALLEST_TILE = 16
@@ -46,18 +48,8 @@ class KernelTables:
     def of(
         cls, parameters: LayerParameters, config: KVQConfig, *, device: torch.device | str
     ) -> KernelTables:
-        """Convert. Raises KVQError where keys reach beyond what f16 holds."""
+        """Convert what ``check_layer`` accepts."""
         key = parameters.key
-        # A rotated number is at most sqrt(2) times the largest of its pair.
-        entries = key.codebook.offset + key.codebook.step * torch.tensor([0.0, LEVELS])
-        reach = key.center.abs() + key.half_range * entries.abs().max().to(key.center.device)
-        largest = float(reach.max()) * 2**0.5
-        if largest > HALF_LARGEST:
-            raise KVQError(
-                f"keys of this model reach {largest:.3g}; Triton kernels hold decoded keys in "
-                f"16 bits, up to {HALF_LARGEST:.0f}.",
-                hint="--impl reference (impl='reference' in Python)",
-            )
         return cls(
             parameters=parameters,
             config=config,
@@ -79,19 +71,46 @@ class KernelTables:
         return self.half_range.shape[1]
 
 
-def channel_tiles(head_dim: int, phases: Phases) -> dict[str, int]:
-    """How kernels cut D channels: compile-time constants.
+def check_layer(parameters: LayerParameters, angles: RotaryAngles, *, group_size: int) -> None:
+    """Whether kernels can hold a layer with ``group_size`` query heads a key/value head.
 
-    Raises KVQError where a rotary pair's halves have an odd number of channels, because words hold
-    two neighbours of one half.
+    Raises KVQError for groups, head dimensions and rotations that they do not take, and for keys
+    beyond what f16 holds.
     """
-    half = len(phases.high)
-    if half % 2:
-        raise KVQError(
-            f"the model rotates {2 * half} of {head_dim} channels; Triton kernels need a multiple "
-            "of 4.",
-            hint="--impl reference (impl='reference' in Python)",
+    key = parameters.key
+    D = key.center.shape[1]
+    if group_size > LARGEST_GROUP:
+        raise _refused(
+            f"{group_size} query heads share a key/value head; Triton kernels take up to "
+            f"{LARGEST_GROUP}."
         )
+    if D > LARGEST_HEAD_DIM:
+        raise _refused(f"head_dim is {D}; Triton kernels take up to {LARGEST_HEAD_DIM}.")
+    half = len(angles.frequencies)
+    if half % 2:
+        # Words hold two neighbours of one half.
+        raise _refused(
+            f"the model rotates {2 * half} of {D} channels; Triton kernels need a multiple of 4."
+        )
+    # A rotated number is at most sqrt(2) times the largest of its pair.
+    entries = key.codebook.offset + key.codebook.step * torch.tensor([0.0, LEVELS])
+    reach = key.center.abs() + key.half_range * entries.abs().max().to(key.center.device)
+    largest = float(reach.max()) * 2**0.5 * max(1.0, angles.scaling)
+    if largest > HALF_LARGEST:
+        raise _refused(
+            f"keys of this model reach {largest:.3g}; Triton kernels hold decoded keys in 16 bits, "
+            f"up to {HALF_LARGEST:.0f}."
+        )
+
+
+def _refused(reason: str) -> KVQError:
+    return KVQError(reason, hint="--impl reference (impl='reference' in Python)")
+
+
+def channel_tiles(head_dim: int, phases: Phases) -> dict[str, int]:
+    """How kernels cut D channels: compile-time constants."""
+    half = len(phases.high)
+    assert half % 2 == 0, "check_layer refuses this"
     rest = head_dim - 2 * half
     return {
         "D": head_dim,

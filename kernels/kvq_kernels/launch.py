@@ -9,24 +9,16 @@ from typing import Any
 import torch
 import triton
 
-from kvq_formats.errors import KVQError
-
 WAVES = 2
 """Programs a multiprocessor that a decode step is cut into, if there are pages for them."""
 
 LARGEST_GROUP = 16
+LARGEST_HEAD_DIM = 256
 
 
 def group_tile(G: int, *, device: torch.device) -> int:
-    """Width of the query heads' side of a tile: a matrix instruction's, at least G.
-
-    Raises KVQError for groups beyond 16.
-    """
-    if G > LARGEST_GROUP:
-        raise KVQError(
-            f"{G} query heads share a key/value head; Triton kernels take up to {LARGEST_GROUP}.",
-            hint="--impl reference (impl='reference' in Python)",
-        )
+    """Width of the query heads' side of a tile: a matrix instruction's, at least G."""
+    assert G <= LARGEST_GROUP, "check_layer refuses this"
     smallest = 16 if is_amd() and device.type == "cuda" else 8
     return max(smallest, int(triton.next_power_of_2(G)))
 
@@ -39,11 +31,12 @@ def current(device: torch.device) -> AbstractContextManager[Any]:
 def exact_precision(dtype: torch.dtype) -> str:
     """How exact tokens are multiplied, for queries of ``dtype``; f32 queries keep nearly all bits.
 
-    NVIDIA has no matrix instruction for f32; three in tf32 are off by about ``2**-21``.
+    NVIDIA has no matrix instruction for f32; three in tf32 are off by about ``2**-21``. AMD has
+    one, and tf32 on few architectures.
     """
-    if dtype != torch.float32:
-        return "tf32"
-    return "ieee" if is_amd() else "tf32x3"
+    if is_amd():
+        return "ieee"
+    return "tf32" if dtype in (torch.float16, torch.bfloat16) else "tf32x3"
 
 
 def is_amd() -> bool:

@@ -226,7 +226,7 @@ def _seen_of_pages(
 ) -> Tensor:
     """i32 ``[2, n * 256]``; ``opens`` is the first index of the queries that see a page."""
     seen = workspace.take("prefill seen", (2, len(opens), PAGE_TOKENS), torch.int32, device)
-    by_page = torch.tensor([opens, lengths], dtype=torch.int32, device=device)
+    by_page = torch.tensor([opens, lengths], dtype=torch.int32).to(device, non_blocking=True)
     seen[0].copy_(by_page[0, :, None])
     # The sign of (length - 1 - place) becomes the least number, which no query has, or the largest.
     torch.arange(-1, -1 - PAGE_TOKENS, -1, out=seen[1, 0])
@@ -256,7 +256,9 @@ def _exact_block(
 ) -> _Block:
     """Exact tokens at places ``low`` to ``high - 1``, all sinks or none."""
     device, count = exact.keys.device, high - low
-    seen = workspace.take("prefill seen", (2, count), torch.int32, device)
+    # Both vectors begin at multiples of 16 bytes.
+    room = -(-count // 4) * 4
+    seen = workspace.take("prefill seen", (2, room), torch.int32, device)[:, :count]
     after = low - exact.sinks
     first = low if after < 0 else exact.start + after
     torch.arange(first, first + count, out=seen[0])

@@ -41,7 +41,8 @@ def _visible_range(seen_from, seen_until, first, last, tokens):
     return low, high
 
 
-@triton.jit(do_not_specialize=["fresh", "index"])
+# Numbers that differ from chunk to chunk: compiled once.
+@triton.jit(do_not_specialize=["fresh", "index", "queries", "tokens"])
 def attend_block(
     query,
     keys,

@@ -16,7 +16,7 @@ from kvq_formats.fingerprint import Fingerprint, check
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.evaluation_rule import attach_codec
 from kvq_runtime.implementation import choose_implementation
-from kvq_runtime.page_codec import page_codecs
+from kvq_runtime.page_codec import check_kernels, page_codecs
 from kvq_runtime.runtime_rule import attach_pages
 from kvq_runtime.sidecar_codec import SidecarCodec
 from kvq_runtime.supported_models import text_config
@@ -96,7 +96,10 @@ def _attached(
         return
     chosen = choose_implementation(model.device, impl)
     logger.info("attention over packed pages: %s (%s)", chosen.name, chosen.reason)
-    with attach_pages(model, page_codecs(model, sidecar), rule=rule, impl=chosen.name):
+    codecs = page_codecs(model, sidecar)
+    if chosen.name == "triton":
+        check_kernels(codecs, Fingerprint.from_config(text_config(model.config)))
+    with attach_pages(model, codecs, rule=rule, impl=chosen.name):
         yield model
 
 

@@ -186,7 +186,7 @@ class PackedLayer(CacheLayerMixin):
         self.dtype, self.device = dtype, torch.device(device)
         if self.device.type != "meta":
             self.codec = self.codec.to(self.device)
-        self.pool = PagePool(self.codec, device=self.device)
+        self.pool = PagePool(self.codec, device=self.device, has_capacity=self.capacity is not None)
         pages = self._pages_at_capacity()
         self.pool.reserve(batch_size * pages)
         with lasting_tensors():

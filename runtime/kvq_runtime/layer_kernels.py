@@ -35,7 +35,6 @@ class LayerKernels:
         device: torch.device,
         workspace: Workspace,
     ) -> None:
-        """Raises KVQError where kernels cannot hold the layer's keys."""
         self.device = device
         self.workspace = workspace
         self.tables = KernelTables.of(parameters, config, device=device)

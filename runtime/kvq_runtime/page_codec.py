@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from kvq_formats import pages
 from kvq_formats.config import KVQConfig
+from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.pages import KeyPages, ValuePages
 from kvq_formats.parameters import KeyParameters, LayerParameters
 from kvq_formats.sidecar import Sidecar
@@ -55,7 +56,7 @@ class PageCodec(Protocol):
 
     @property
     def kernels(self) -> LayerKernels:
-        """The layer on Triton kernels; raises KVQError where there are none for it."""
+        """The layer on Triton kernels, for implementations that have any."""
         ...
 
     def allocate(self, num_pages: int, *, device: torch.device | str) -> tuple[Any, Any]:
@@ -136,7 +137,7 @@ class SidecarPageCodec:
 
     @cached_property
     def kernels(self) -> LayerKernels:
-        """The layer on Triton kernels. Raises KVQError where they cannot hold its keys."""
+        """The layer on Triton kernels, which ``check_kernels`` has accepted."""
         from kvq_runtime.layer_kernels import LayerKernels
 
         return LayerKernels(
@@ -189,6 +190,19 @@ def page_codecs(model: PreTrainedModel, sidecar: Sidecar) -> dict[int, PageCodec
         ordered = replace(layer, key=_reordered(layer.key, rotary.order))
         codecs[layer_idx] = SidecarPageCodec(ordered, sidecar.config, rotary, workspace=workspace)
     return codecs
+
+
+def check_kernels(codecs: Mapping[int, PageCodec], shape: Fingerprint) -> None:
+    """Raises KVQError where Triton kernels cannot hold a layer of a model of ``shape``."""
+    from kvq_kernels.kernel_tables import check_layer
+
+    for codec in codecs.values():
+        assert isinstance(codec, SidecarPageCodec)
+        check_layer(
+            codec.parameters,
+            codec.rotary.angles(),
+            group_size=shape.num_attention_heads // shape.num_kv_heads,
+        )
 
 
 def unrotated_codecs(sidecar: Sidecar) -> dict[int, PageCodec]:

@@ -40,8 +40,12 @@ class PagePool:
     are line i of ``irregular_positions``, i32 ``[I, 256]``.
     """
 
-    def __init__(self, codec: PageCodec, *, device: torch.device | str) -> None:
+    def __init__(
+        self, codec: PageCodec, *, device: torch.device | str, has_capacity: bool = False
+    ) -> None:
+        """``has_capacity``: it is reserved for all that will come, and grows by what it must."""
         self.codec = codec
+        self.has_capacity = has_capacity
         self.device = device
         self.slabs: list[Slab] = []
         self.irregular: dict[int, int] = {}
@@ -83,7 +87,8 @@ class PagePool:
         """Ids of ``count`` free pages, one user each."""
         missing = count - len(self._free)
         if missing > 0:
-            self._add_slab(max(missing, SMALLEST_SLAB, self.num_pages // 2))
+            ahead = 0 if self.has_capacity else max(SMALLEST_SLAB, self.num_pages // 2)
+            self._add_slab(max(missing, ahead))
         taken = [heapq.heappop(self._free) for _ in range(count)]
         for page in taken:
             self._users[page] = 1
@@ -153,18 +158,20 @@ class PagePool:
     def whole(self) -> tuple[Any, Any]:
         """Key and value pages of the pool in one piece, as kernels read them.
 
-        Where there are several slabs they become one: a copy, which a pool that was reserved for
-        its capacity never needs.
+        Where there are several slabs they become one: a copy beside the old ones. A pool that was
+        reserved for its capacity needs that only where pages were cut, each of which stays a whole
+        page.
         """
         if len(self.slabs) != 1:
             with lasting_tensors():
                 key, value = self.codec.allocate(self.num_pages, device=self.device)
+            whole = Slab(0, self.num_pages, key, value)
             for slab in self.slabs:
                 for stored, written in ((key, slab.key), (value, slab.value)):
                     for field in fields(stored):
                         target, source = getattr(stored, field.name), getattr(written, field.name)
                         target[slab.first : slab.first + slab.count].copy_(source)
-            self.slabs = [Slab(0, self.num_pages, key, value)]
+            self.slabs = [whole]
         return self.slabs[0].key, self.slabs[0].value
 
     def clear(self) -> None:

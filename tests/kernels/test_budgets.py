@@ -29,7 +29,7 @@ BUDGETED_TRITON = "3.7"
     not version("triton").startswith(BUDGETED_TRITON),
     reason=f"budgets are counted with Triton {BUDGETED_TRITON}",
 )
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "hip:gfx942", "hip:gfx90a"])
 def test_no_budget_is_exceeded(target: str) -> None:
     # The interpreter and the compiler exclude each other in one process.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -16,9 +16,10 @@ from kvq_formats.errors import KVQError
 from kvq_kernels import decode_reference
 from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.decode import decode, scratch_bytes
-from kvq_kernels.kernel_tables import KernelTables
+from kvq_kernels.kernel_tables import KernelTables, check_layer
 from kvq_kernels.packed_rows import table_entry
 from kvq_kernels.phases import Phases
+from kvq_kernels.rotary import RotaryAngles
 from packed_cases import PackedCase, cut_last_pages, make_case, on_device
 from poisoned import PoisonedWorkspace, empty_is_nan
 
@@ -102,6 +103,7 @@ def check(case: PackedCase, device: torch.device, options: AttentionOptions | No
         {"key_bits": 4, "value_bits": 3, "D": 80, "tokens": (530,)},
         {"key_bits": 3, "value_bits": 2, "D": 64, "rotary_dim": 16, "G": 2},
         {"key_bits": 2, "value_bits": 4, "D": 16, "H": 3, "tokens": (1000, 300)},
+        {"key_bits": 3, "value_bits": 3, "D": 32, "rotary_scaling": 2.0},
     ],
 )
 def test_shapes_and_widths(how: dict[str, Any], device: torch.device) -> None:
@@ -156,7 +158,7 @@ def test_pages_that_were_cut(length: int, device: torch.device) -> None:
 
 
 def test_pages_whose_positions_jump(device: torch.device) -> None:
-    case = make_case(tokens=(900,), D=32, G=2)
+    case = make_case(tokens=(900,), D=32, G=2, rotary_scaling=2.0)
     base = case.rows.key_pages.base_positions
     base[case.rows.block_table[0, 1] & 0xFF] = -2
     jumps = torch.arange(2 * PAGE_TOKENS, dtype=torch.int32).view(2, PAGE_TOKENS) * 3 + 11
@@ -192,13 +194,19 @@ def test_more_room_in_the_table_changes_nothing(device: torch.device) -> None:
     )
 
 
-@pytest.mark.parametrize("first_position", [0, 2**20 - 400])
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_any_numbers_at_any_position(bits: int, first_position: int, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("bits", "how"),
+    [
+        (2, {}),
+        (3, {"first_position": 2**20 - 400}),
+        (4, {"first_position": 2**20 - 400}),
+        (4, {"rotary_scaling": 1.25}),
+        (3, {"rotary_dim": 20, "outlier_fraction": 0.05}),
+    ],
+)
+def test_any_numbers_at_any_position(bits: int, how: dict[str, Any], device: torch.device) -> None:
     """Against f64: the root mean square of what differs is what roundings to 16 bits explain."""
-    case = make_case(
-        tokens=(800,), key_bits=bits, value_bits=bits, exact=False, first_position=first_position
-    )
+    case = make_case(tokens=(800,), key_bits=bits, value_bits=bits, exact=False, **how)
     options = AttentionOptions(scaling=case.scaling)
     found = run(case, options, device)[0]
     dense = dense_row(case, 0, options)
@@ -235,21 +243,22 @@ def test_what_is_held_is_counted(outlier_fraction: float, device: torch.device) 
     assert counted == workspace.nbytes + 4 * output.numel()
 
 
-def test_groups_that_are_too_large(device: torch.device) -> None:
-    case = make_case(tokens=(10,), G=17, D=16)
-    with pytest.raises(KVQError, match="17 query heads share") as caught:
-        run(case, AttentionOptions(scaling=1.0), device)
-    assert "--impl reference" in caught.value.hint
+def refused(case: PackedCase, words: str, *, group_size: int = 2) -> None:
+    with pytest.raises(KVQError, match=words) as caught:
+        check_layer(case.parameters, case.angles, group_size=group_size)
+    assert "--impl reference" in str(caught.value.hint)
 
 
-def test_rotary_halves_of_odd_length(device: torch.device) -> None:
-    case = make_case(tokens=(10,), D=16, rotary_dim=6)
-    with pytest.raises(KVQError, match="rotates 6 of 16 channels"):
-        run(case, AttentionOptions(scaling=1.0), device)
-
-
-def test_keys_beyond_16_bits(device: torch.device) -> None:
-    case = make_case(tokens=(10,), D=16)
-    key = replace(case.parameters.key, center=case.parameters.key.center + 5e4)
-    with pytest.raises(KVQError, match=r"keys of this model reach 7\.\d+e\+04"):
-        KernelTables.of(replace(case.parameters, key=key), case.config, device=device)
+def test_what_kernels_do_not_take() -> None:
+    plain = make_case(tokens=(10,), D=16)
+    check_layer(plain.parameters, plain.angles, group_size=16)
+    refused(plain, "17 query heads share", group_size=17)
+    refused(make_case(tokens=(10,), D=16, rotary_dim=6), "rotates 6 of 16 channels")
+    refused(make_case(tokens=(10,), D=512), "head_dim is 512")
+    far = replace(plain.parameters.key, center=plain.parameters.key.center + 5e4)
+    case = replace(plain, parameters=replace(plain.parameters, key=far))
+    refused(case, r"keys of this model reach 7\.\d+e\+04")
+    near = replace(plain.parameters.key, center=plain.parameters.key.center + 4e4)
+    case = replace(plain, parameters=replace(plain.parameters, key=near))
+    check_layer(case.parameters, case.angles, group_size=1)
+    refused(replace(case, angles=RotaryAngles(case.angles.frequencies, 1.5)), "reach 8")

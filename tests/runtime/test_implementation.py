@@ -77,6 +77,18 @@ def test_attach_refuses_what_cannot_run_under_every_rule(rule: str) -> None:
         pass
 
 
+@pytest.mark.parametrize("rule", ["runtime", "exact-prefill"])
+def test_attach_refuses_a_model_that_kernels_do_not_take(rule: str) -> None:
+    """Before a token is read, not at the first kernel."""
+    model = make_tiny_llama(hidden_size=68, num_attention_heads=17, num_key_value_heads=1)
+    with (
+        pytest.raises(KVQError, match="17 query heads share") as caught,
+        attach(model, make_sidecar(model=model), rule=rule, impl="triton"),  # type: ignore[arg-type]
+    ):
+        pass
+    assert "--impl reference" in str(caught.value.hint)
+
+
 def test_attach_says_what_runs(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "kvq_runtime"), attach(make_tiny_llama(), make_sidecar()):
         assert "reference (torch on cpu)" in caplog.text

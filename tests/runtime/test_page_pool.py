@@ -127,3 +127,13 @@ def test_pages_of_a_sidecar(key_bits: int, value_bits: int, outlier_fraction: fl
             for name, tensor in vars(found).items():
                 if name != "base_positions":
                     assert torch.equal(tensor[0], getattr(written, name)[place]), name
+
+
+def test_a_pool_with_a_capacity_grows_by_what_it_must(pool: PagePool) -> None:
+    """Cropping into pages leaves cut ones behind, so that a full row may need one more."""
+    reserved = PagePool(pool.codec, device="cpu", has_capacity=True)
+    reserved.reserve(40)
+    reserved.take(41)
+    assert reserved.num_pages == 41
+    key, _ = reserved.whole()
+    assert (len(reserved.slabs), len(key.base_positions)) == (1, 41)

@@ -114,7 +114,8 @@ def score_errors(case: PackedCase, row: int, dense: DenseRow, options: Attention
     Of a key before rotation: its entry, half-range, centre, product and sum; of the rotation:
     cosines and sines, products and the sum; of the query: one. Each is off by up to ``U16`` of
     what it rounds, uniformly: a variance of ``U16**2 / 3``. Rotating mixes the members of a pair,
-    which has both their sizes. Scores of outliers are rounded to f16 as a whole.
+    which has both their sizes. Of scores of outliers it is the query, cosines and sines, and the
+    whole.
     """
     H, _, D = dense.keys.shape
     half = len(case.angles.frequencies)
@@ -128,5 +129,5 @@ def score_errors(case: PackedCase, row: int, dense: DenseRow, options: Attention
     roundings = 5 + 4 + 1
     channels = torch.einsum("hgd,hnd->hgn", paired(query), paired(dense.sizes)) / 2
     outliers = torch.einsum("hgd,hnd->hgn", query, dense.outlier_keys) ** 2
-    variance = (roundings * channels + outliers) * (options.scaling * U16) ** 2 / 3
+    variance = (roundings * channels + 3 * outliers) * (options.scaling * U16) ** 2 / 3
     return variance.sqrt().flatten(0, 1)

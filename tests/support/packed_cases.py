@@ -70,6 +70,7 @@ def make_case(
     exact: bool = True,
     spread: float = 1.1,
     first_position: int = 0,
+    rotary_scaling: float = 1.0,
     dtype: torch.dtype = torch.float32,
     exact_dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
@@ -128,7 +129,7 @@ def make_case(
         # What lies behind a row's tokens must not be looked at.
         exact_keys[row, :, held:] = exact_values[row, :, held:] = math.nan
         positions[row, held:] = torch.iinfo(torch.int32).max
-    frequencies = torch.arange(R // 2).remainder(4).double() * (math.pi / 2)
+    frequencies = (torch.arange(R // 2) + 1).remainder(4).double() * (math.pi / 2)
     if not exact:
         frequencies = 500_000.0 ** (-torch.arange(R // 2, dtype=torch.float64) / max(1, R // 2))
     query = steps(B, H * G, D, of=0.125, least=-8, most=8) if exact else normal(B, H * G, D)
@@ -147,7 +148,7 @@ def make_case(
         rows=on_device(rows, device),
         parameters=parameters,
         config=options,
-        angles=RotaryAngles(frequencies.to(device)),
+        angles=RotaryAngles(frequencies.to(device), rotary_scaling),
         scaling=D**-0.5,
     )
 
