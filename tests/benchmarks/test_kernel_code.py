@@ -478,7 +478,7 @@ def test_compiled_for_every_target(kernel_code: ModuleType, tmp_path: Path) -> N
     assert "divisible, but not in signature: SIZE" in wrong
     assert set(results) == set(kernel_code.Target)
     for target, found in results.items():
-        assert found["threads"] == (256 if target == "hip:gfx942" else 128)
+        assert found["threads"] == (256 if target.startswith("hip") else 128)
         assert found["loops"] == ["0", "0.0"]
         assert found["sources"] == ["toy_kernel.py", "toy_kernel.py"]
         # A square root is one instruction, and there is one for each element of the inner loop.
@@ -487,8 +487,9 @@ def test_compiled_for_every_target(kernel_code: ModuleType, tmp_path: Path) -> N
         assert 0 < plain < 10
         assert 16 < found["registers"] < 128
         assert found["stack"][0] == 0 < found["stack"][1]
-        assert found["on stack"] > 0
-        amd = target == "hip:gfx942"
+        # Before gfx940 spills go through instructions that global memory uses, too.
+        assert found["on stack"] > 0 or target == "hip:gfx90a"
+        amd = target.startswith("hip")
         assert (
             (found["spilled"][0] == 0 < found["spilled"][1]) if amd else not any(found["spilled"])
         )
