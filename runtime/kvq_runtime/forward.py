@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvq_formats.errors import KVQError, UnsupportedModelError
 from kvq_runtime.implementation import ImplementationName
+from kvq_runtime.rows import Row
 
 Rule = Literal["runtime", "exact-prefill"]
 
@@ -34,6 +35,9 @@ class Forward:
     active: bool = True
     _expected: Tensor | None = field(default=None, repr=False)
     _elsewhere: dict[torch.device, Forward] = field(default_factory=dict, repr=False)
+    _lengths: dict[tuple[torch.device, tuple[tuple[int, ...], ...]], Tensor] = field(
+        default_factory=dict, repr=False
+    )
 
     @classmethod
     def consecutive(cls, first: int, B: int, T: int, *, device: torch.device) -> Self:
@@ -51,6 +55,14 @@ class Forward:
                 attended, self.runs, self.positions.to(device), self.impl
             )
         return self._elsewhere[device]
+
+    def lengths(self, rows: Sequence[Row], device: torch.device) -> Tensor:
+        """Pages, sinks and tail of each row, i32 ``[B, 3]``; uploaded once, as layers are alike."""
+        counts = tuple((len(row.pages), row.sinks, row.tail) for row in rows)
+        if (device, counts) not in self._lengths:
+            lengths = torch.tensor(counts, dtype=torch.int32).reshape(-1, 3)
+            self._lengths[device, counts] = lengths.to(device, non_blocking=True)
+        return self._lengths[device, counts]
 
     def expect_key(self, key: Tensor) -> Tensor:
         """Note the key that a layer is about to cache, as its rotation returned it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from kvq_formats.pages import KeyPages, ValuePages
@@ -17,6 +16,8 @@ from kvq_kernels.phases import phases_of
 from kvq_kernels.workspace import Workspace
 
 if TYPE_CHECKING:
+    import torch
+
     from kvq_formats.config import KVQConfig
     from kvq_formats.parameters import LayerParameters
     from kvq_kernels.rotary import RotaryAngles
@@ -84,12 +85,12 @@ class LayerKernels:
 def packed_rows(layer: PackedLayer) -> PackedRows:
     """All rows of a layer as decode kernels read them."""
     key_pages, value_pages = layer.pool.whole()
-    lengths = [(len(row.pages), row.sinks, row.tail) for row in layer.rows]
+    assert layer.forward is not None
     return PackedRows(
         key_pages=key_pages,
         value_pages=value_pages,
         block_table=layer.block_table,
-        lengths=torch.tensor(lengths, dtype=torch.int32).to(layer.device, non_blocking=True),
+        lengths=layer.forward.lengths(layer.rows, layer.device),
         exact_keys=layer.exact.keys,
         exact_values=layer.exact.values,
         exact_positions=layer.exact.positions,
