@@ -72,7 +72,8 @@ def decode_pairs(words, shift, table, BITS: tl.constexpr):
         index = (words >> shift) & 0x77
     else:
         index = (words >> shift) & 0xFF
-    pair = tl.load(table + index)
+    # Unsigned, so that no sign has to be carried into the address.
+    pair = tl.load(table + index.to(tl.uint32, bitcast=True))
     lower = (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
     upper = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return tl.reshape(tl.join(lower, upper), [words.shape[0], 2 * words.shape[1]])
