@@ -12,16 +12,15 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import CacheFullError, KVQError
-from kvq_kernels.attention import AttentionOptions, ExactTokens, attend
+from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.packed_rows import table_entry
-from kvq_kernels.rotary import rotate
 from kvq_runtime.exact_tokens import ExactBuffers, Tokens
 from kvq_runtime.forward import Forward, Rule
 from kvq_runtime.implementation import ImplementationName
+from kvq_runtime.layer_attention import Reading, attend_rows
 from kvq_runtime.modes import lasting_tensors, plain_arithmetic
 from kvq_runtime.page_codec import PageCodec
 from kvq_runtime.page_pool import PagePool
-from kvq_runtime.row_pages import PooledPages
 from kvq_runtime.rows import Row
 
 ENCODED_BLOCK_BYTES = 2**20
@@ -44,27 +43,6 @@ class PackedStates:
     layer: PackedLayer
     shape: tuple[int, ...]
     fed: Tensor
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What the queries of one row read in this forward.
-
-    Fields:
-        attended: which of the T queries are attended, i64; None for all.
-        index: of the first one in its row.
-        held_pages: pages that were complete before.
-        exact: sinks and all tokens after the held pages.
-        sinks: how many of them are sinks.
-        start: index of the first token after the held pages.
-    """
-
-    attended: Tensor | None
-    index: int
-    held_pages: int
-    exact: Tokens
-    sinks: int
-    start: int
 
 
 class PackedLayer(CacheLayerMixin):
@@ -92,7 +70,7 @@ class PackedLayer(CacheLayerMixin):
         self.torn = False
         self.known_codec: PageCodec | None = None
         self.rows: list[Row] = []
-        self._readings: list[_Reading] = []
+        self._readings: list[Reading] = []
 
     # What transformers asks of a layer.
 
@@ -280,53 +258,15 @@ class PackedLayer(CacheLayerMixin):
         """
         try:
             with plain_arithmetic(self.device):
-                return self._attend(query.detach(), options, rule=rule)
+                return attend_rows(self, self._readings, query.detach(), options, rule=rule)
         finally:
             self.end_reading()
-
-    def _attend(self, query: Tensor, options: AttentionOptions, *, rule: Rule) -> Tensor:
-        B, HQ, T, D = query.shape
-        angles = self.codec.rotary.angles()
-        if self.impl == "triton" and T == 1:
-            output = self.codec.kernels.decode(query[:, :, 0], self, angles, options)[:, None]
-            for place, reading in enumerate(self._readings):
-                if reading.attended is not None and len(reading.attended) == 0:
-                    output[place] = 0.0
-            return output
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        output = query.new_zeros(B, T, HQ, D, dtype=dtype)
-        for place, reading in enumerate(self._readings):
-            attended = slice(None) if reading.attended is None else reading.attended
-            asked = query[place][:, attended]
-            if asked.shape[1] == 0:
-                continue
-            keys, values, positions = reading.exact
-            seen: dict[str, Any] = {
-                "index": reading.index,
-                "held_pages": reading.held_pages,
-                "exact": ExactTokens(
-                    keys=rotate(keys, *angles.cos_sin(positions)),
-                    values=values,
-                    sinks=reading.sinks,
-                    start=reading.start,
-                ),
-                "recent_tokens": self.codec.recent_tokens,
-                "options": options,
-                "exact_prefill": rule == "exact-prefill" and T > 1,
-            }
-            if self.impl == "triton":
-                found = self.codec.kernels.prefill(asked, self, place, angles, **seen)
-            else:
-                pages = PooledPages(self.pool, self.rows[place], angles)
-                found = attend(asked, pages=pages, **seen)
-            output[place, attended] = found
-        return output
 
     def end_reading(self) -> None:
         """Let go of the last update's tokens, which are kept exactly for the attention to come."""
         self._readings = []
 
-    def _append_row(self, place: int, fed: Tokens, forward: Forward) -> _Reading:
+    def _append_row(self, place: int, fed: Tokens, forward: Forward) -> Reading:
         """Store one row's T tokens, padding among them, and pack the pages that they complete."""
         row, attended = self.rows[place], forward.attended[place]
         if attended is not None:
@@ -345,11 +285,11 @@ class PackedLayer(CacheLayerMixin):
             row.sinks = min(S, used + new)
             row.tail = used + new - row.sinks
             exact = self.exact.read(place, 0, used + new)
-            return _Reading(attended, index, held, exact, row.sinks, row.tail_start)
+            return Reading(attended, index, held, exact, row.sinks, row.tail_start)
         exact = self.exact.read(place, 0, used).followed_by(fed)
         row.sinks = S
         row.tail = used + new - S
-        reading = _Reading(attended, index, held, exact, S, row.tail_start)
+        reading = Reading(attended, index, held, exact, S, row.tail_start)
         self.exact.write(place, 0, exact.at(slice(0, S)))
         complete = -(-(row.tail - self.window) // PAGE_TOKENS)
         self._pack(place, exact.at(slice(S, None)), complete)

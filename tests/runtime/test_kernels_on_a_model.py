@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvq_runtime import layer
+from kvq_runtime import layer_attention
 from kvq_runtime.attach import attach
 from kvq_runtime.cache import PackedCache
 from kvq_runtime.memory import plan_memory
@@ -65,7 +65,7 @@ def test_logits_match_the_reference(
     steps = 20 if ON_GPU else 2
     reference = logits("reference", rule=rule, steps=steps, **options)
     kernels = logits("triton", rule=rule, steps=steps, **options)
-    exactly = layer.attend
+    exactly = layer_attention.attend
     generator = torch.Generator(device=DEVICE).manual_seed(0)
 
     def rounded(query: Tensor, **how: Any) -> Tensor:
@@ -73,7 +73,7 @@ def test_logits_match_the_reference(
         noise = torch.rand(output.shape, generator=generator, device=output.device) * 2 - 1
         return output + noise * U16 * how["exact"].values.abs().max()
 
-    monkeypatch.setattr(layer, "attend", rounded)
+    monkeypatch.setattr(layer_attention, "attend", rounded)
     moved = logits("reference", rule=rule, steps=steps, **options)
     for expected, found, other in zip(reference, kernels, moved, strict=True):
         assert (found - expected).abs().max() <= (other - expected).abs().max()
