@@ -89,6 +89,7 @@ def decode(
         "sizes": take("sizes", B, H, width),
         "weights": take("weights", B, H, tokens, G, dtype=torch.float16),
         "page_max": take("page max", B, H, max_pages if tokens else 0, G),
+        "page_range": take("page range", B, H, max_pages if tokens else 0),
         "split_out": take("split out", B, H, all_splits, G, D),
         "split_max": take("split max", B, H, all_splits, G),
         "split_sum": take("split sum", B, H, all_splits, G),
@@ -186,14 +187,15 @@ def scratch_bytes(
         device: decides how many programs share a row.
 
     Counted: queries of each page, f16, and a number a head; of each split an output and two numbers
-    a query head, f32; with outliers a weight in f16 for each token and query head, and a number in
-    f32 for each page of them.
+    a query head, f32; with outliers a weight in f16 for each token and query head, and in f32 a
+    number for each page and query head, and one for each page and head.
     """
     splits = page_splits(batch=batch, num_kv_heads=num_kv_heads, max_pages=max_pages, device=device)
     splits += triton.cdiv(exact_room, EXACT_TILE.value)
     heads = batch * num_heads
     tokens = max_pages * PAGE_TOKENS if outliers else 0
-    weights = heads * (2 * tokens + 4 * (tokens // PAGE_TOKENS))
+    pages = tokens // PAGE_TOKENS
+    weights = heads * (2 * tokens + 4 * pages) + 4 * batch * num_kv_heads * pages
     padded = batch * num_kv_heads * triton.next_power_of_2(num_heads // num_kv_heads)
     turned = padded * (2 * max_pages * head_dim + 4)
     return 4 * heads * (splits * (head_dim + 2) + head_dim) + weights + turned

@@ -120,11 +120,11 @@ def key_outlier_scores(
 def value_outlier_sums(
     lists,
     offsets,
-    scales,
     block_table,
     lengths,
     weights,
     page_max,
+    page_range,
     split_out,
     split_max,
     table_width,
@@ -136,14 +136,14 @@ def value_outlier_sums(
     GROUP_WIDTH: tl.constexpr,
     D: tl.constexpr,
     CAPACITY: tl.constexpr,
-    SCALE_HEADS: tl.constexpr,
     EXACT_SPLITS: tl.constexpr,
     PART: tl.constexpr,
 ):
     """Program ``(split of pages and part, h, b)``: add value outliers to weighted values.
 
-    Reads the weights that the main kernel left, f16, relative to the largest score that the split
-    had met by the end of their page, f32 ``[B, H, max_pages, G]``.
+    Reads the weights that the main kernel left, f16, with the half-range of their token in them: in
+    units of the page's widest, f32 ``[B, H, max_pages]``, and relative to the largest score that
+    the split had met by the end of the page, f32 ``[B, H, max_pages, G]``.
     """
     PARTS: tl.constexpr = (D + PART - 1) // PART
     split, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
@@ -168,8 +168,6 @@ def value_outlier_sums(
             bounds = offsets + (page * H + head) * (D + 1) + channel
             start = tl.load(bounds, mask=is_channel, other=0).to(tl.int32)
             end = tl.load(bounds + 1, mask=is_channel, other=0).to(tl.int32)
-            scale_head = head if SCALE_HEADS > 1 else 0
-            page_scales = scales + (page * SCALE_HEADS + scale_head) * 512
             page_weights = weights + (row * weight_tokens + index * 256) * G + group_head[:, None]
             met = page_max + (row * max_pages + index) * G + group_head
             met = tl.load(met, mask=group_head < G, other=-float("inf"))[:, None]
@@ -178,12 +176,12 @@ def value_outlier_sums(
                 active = start + step < end
                 entry = tl.load(entries + start + step, mask=active, other=0).to(tl.int32)
                 token = entry & 0xFF
-                residual = (entry >> 8).to(tl.float32) * residual_step
-                residual *= tl.load(page_scales + 2 * token, mask=active, other=0.0).to(tl.float32)
+                residual = (entry >> 8).to(tl.float32)
                 asked = active[None, :] & valid
                 weight = tl.load(page_weights + token[None, :] * G, mask=asked, other=0.0)
                 page_sums += weight.to(tl.float32) * residual[None, :]
-            sums += page_sums * tl.exp2(met - largest)
+            unit = tl.load(page_range + row * max_pages + index) * residual_step
+            sums += page_sums * (tl.exp2(met - largest) * unit)
         place = split_out + line[:, None] * D + channel[None, :]
         mask = valid & is_channel[None, :]
         tl.store(place, tl.load(place, mask=mask, other=0.0) + sums, mask=mask)

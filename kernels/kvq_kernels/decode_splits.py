@@ -205,6 +205,7 @@ def decode_splits(
     exact_positions,
     weights,
     page_max,
+    page_range,
     split_out,
     split_max,
     split_sum,
@@ -362,23 +363,24 @@ def decode_splits(
                 place = group * GROUP + token
                 weight = tl.exp2(scores[group] - largest[None, :])
                 total += weight
-                if VALUE_OUTLIERS:
-                    kept = page_weights + place[:, None] * G + group_head[None, :]
-                    tl.store(kept, weight.to(tl.float16), mask=valid[None, :])
                 # A value is half_range * z + center of its token: both fold into the weights. The
                 # largest half-range of the page is taken out, so that f16 holds at most 1.
                 token_range = tl.load(page_scales + 2 * place).to(tl.float32)
                 token_center = tl.load(page_scales + 2 * place + 1).to(tl.float32)
                 centers += weight * token_center[:, None]
-                weight *= (token_range / widest)[:, None]
+                weight = (weight * (token_range / widest)[:, None]).to(tl.float16)
+                if VALUE_OUTLIERS:
+                    kept = page_weights + place[:, None] * G + group_head[None, :]
+                    tl.store(kept, weight, mask=valid[None, :])
                 tl.debug_barrier()
                 values = _values(page_value_words, value_table, D, D_TILE, V_BITS, group)
-                added = tl.dot(values, weight.to(tl.float16), added)
+                added = tl.dot(values, weight, added)
             state_sum = state_sum * decay + tl.sum(total, axis=0)
             state_center = state_center * decay + tl.sum(centers, axis=0)
             state_out = state_out * decay[None, :] + added * widest
             if VALUE_OUTLIERS:
                 tl.store(row_max + index * G + group_head, largest, mask=valid)
+                tl.store(page_range + row * max_pages + index, widest)
         state_out += state_center[None, :]
 
     place = ((batch * H + head).to(tl.int64) * splits + split) * G + group_head
