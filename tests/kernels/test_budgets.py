@@ -22,7 +22,7 @@ def rows() -> list[dict[str, str]]:
 
 
 BUDGETED_TRITON = "3.7"
-"""Another compiler makes other code: 3.6 takes a quarter more."""
+"""Another compiler makes other code."""
 
 
 @pytest.mark.skipif(
