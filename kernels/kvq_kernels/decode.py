@@ -24,11 +24,12 @@ from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.decode_merge import merge_splits
 from kvq_kernels.decode_outliers import key_outlier_scores, value_outlier_sums
 from kvq_kernels.decode_queries import turn_queries
-from kvq_kernels.decode_splits import EXACT_TILE, LOG2_E, decode_splits
+from kvq_kernels.decode_splits import EXACT_TILE, decode_splits
 from kvq_kernels.kernel_tables import KernelTables, channel_tiles
 from kvq_kernels.launch import current, exact_precision, group_tile, page_splits, warp_lanes
 from kvq_kernels.packed_rows import PackedRows
 from kvq_kernels.phases import Phases
+from kvq_kernels.scores import score_arguments
 from kvq_kernels.workspace import Workspace
 
 MAIN_WARPS = 4
@@ -124,9 +125,7 @@ def decode(
         "weight_tokens": tokens,
         "exact_room": room,
         "splits": all_splits,
-        # A soft cap comes between the scores and the units of exp2.
-        "score_scale": options.scaling * (1.0 if options.softcap else LOG2_E.value),
-        "softcap": options.softcap or 1.0,
+        **score_arguments(options),
         "rotary_scaling": phases.scaling,
         **channel_tiles(D, phases),
         "HQ": HQ,
@@ -140,7 +139,6 @@ def decode(
         "SCALE_HEADS": rows.value_pages.scales.shape[1],
         "EXACT_SPLITS": exact_splits,
         "PART": lanes,
-        "SOFTCAP": options.softcap is not None,
         "SINK_LOGITS": sinks is not None,
         "KEY_OUTLIERS": key_outliers,
         "VALUE_OUTLIERS": value_outliers,

@@ -8,6 +8,8 @@ from typing import Final
 import triton
 import triton.language as tl
 
+from kvq_kernels.scores import LOG2_E
+
 SPLIT_TILE: Final = tl.constexpr(16)
 """Splits that are merged at a time."""
 
@@ -39,7 +41,7 @@ def merge_splits(
     sums = tl.zeros([D_TILE], tl.float32)
     if SINK_LOGITS:
         # In units of exp2.
-        largest = tl.load(sink_logits + query_head) * 1.4426950408889634
+        largest = tl.load(sink_logits + query_head) * LOG2_E
         total = 1.0
     for first in range(0, splits, SPLIT_TILE):
         split = first + tl.arange(0, SPLIT_TILE)

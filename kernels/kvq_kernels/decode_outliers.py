@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvq_kernels.page_entries import PAGE_IDS, token_positions
 from kvq_kernels.phases import cos_sin
 
 
@@ -54,7 +55,7 @@ def key_outlier_scores(
     """
     index, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if index < tl.load(lengths + batch * 3):
-        page = (tl.load(block_table + batch * table_width + index) & 0x7FFFFF).to(tl.int64)
+        page = (tl.load(block_table + batch * table_width + index) & PAGE_IDS).to(tl.int64)
         base = tl.load(base_positions + page)
         row = (batch * H + head).to(tl.int64)
         group_head = tl.arange(0, GROUP_WIDTH)
@@ -87,10 +88,7 @@ def key_outlier_scores(
                         partner = tl.where(rotated, partner, 0)
                         pair = tl.where(rotated, pair, 0)
                     if IRREGULAR:
-                        position = tl.load(
-                            irregular_positions - (base + 1) * 256 + token, mask=base < 0, other=0
-                        )
-                        position = tl.where(base < 0, position, base + token)
+                        position = token_positions(base, irregular_positions, token)
                         cos, sin = cos_sin(
                             position, tl.load(phase_high + pair), tl.load(phase_low + pair)
                         )
@@ -163,7 +161,7 @@ def value_outlier_sums(
         largest = tl.load(split_max + line, mask=group_head < G, other=0.0)[:, None]
         sums = tl.zeros([GROUP_WIDTH, PART], tl.float32)
         for index in range(first, last):
-            page = (tl.load(block_table + batch * table_width + index) & 0x7FFFFF).to(tl.int64)
+            page = (tl.load(block_table + batch * table_width + index) & PAGE_IDS).to(tl.int64)
             entries = lists + (page * H + head) * CAPACITY
             bounds = offsets + (page * H + head) * (D + 1) + channel
             start = tl.load(bounds, mask=is_channel, other=0).to(tl.int32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvq_kernels.page_entries import PAGE_IDS
 from kvq_kernels.phases import cos_sin
 
 
@@ -87,7 +88,7 @@ def turn_queries(
             first /= largest[:, None]
             second /= largest[:, None]
             if not IRREGULAR:
-                page = (tl.load(block_table + batch * table_width + index) & 0x7FFFFF).to(tl.int64)
+                page = (tl.load(block_table + batch * table_width + index) & PAGE_IDS).to(tl.int64)
                 pair = tl.minimum(tl.arange(0, HALF_TILE), HALF - 1)
                 high, low = tl.load(phase_high + pair), tl.load(phase_low + pair)
                 base = tl.full([HALF_TILE], tl.load(base_positions + page), tl.int32)

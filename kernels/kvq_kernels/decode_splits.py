@@ -13,21 +13,13 @@ from typing import Final
 import triton
 import triton.language as tl
 
+from kvq_kernels.page_entries import CUT, PAGE_IDS, token_positions
 from kvq_kernels.pair_lookup import GROUP, decode_pairs, group_shift, group_words
 from kvq_kernels.phases import cos_sin
+from kvq_kernels.scores import soft_capped
 
 EXACT_TILE: Final = tl.constexpr(32)
 """Exact tokens of a program."""
-
-LOG2_E: Final = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def soft_capped(scores, softcap):
-    """``softcap * tanh(scores / softcap)``, in units of ``exp2``."""
-    # tanh(x) = 1 - 2 / (exp(2 x) + 1): right at both infinities.
-    exponential = tl.exp2(scores / softcap * (2.0 * LOG2_E))
-    return (1.0 - 2.0 / (exponential + 1.0)) * (softcap * LOG2_E)
 
 
 @triton.jit
@@ -99,7 +91,7 @@ def _scores(
     phase_high,
     phase_low,
     base,
-    positions,
+    irregular_positions,
     rotary_scaling,
     weights,
     length,
@@ -137,8 +129,7 @@ def _scores(
             high = tl.load(phase_high + pair, mask=inside, other=0)[None, :]
             low = tl.load(phase_low + pair, mask=inside, other=0)[None, :]
             # Absolute, and the page's queries are not turned back.
-            position = tl.load(positions + place, mask=base < 0, other=0)
-            position = tl.where(base < 0, position, base + place)
+            position = token_positions(base, irregular_positions, place)
             cos, sin = cos_sin(position[:, None], high, low)
             cos = (cos * rotary_scaling).to(tl.float16)
             sin = (sin * rotary_scaling).to(tl.float16)
@@ -312,10 +303,9 @@ def decode_splits(
         row_max = page_max + row * max_pages * G
         for index in range(start, tl.minimum(start + each, pages)):
             entry = tl.load(block_table + batch * table_width + index)
-            page = (entry & 0x7FFFFF).to(tl.int64)
-            length = 256 - (entry >> 23)
+            page = (entry & PAGE_IDS).to(tl.int64)
+            length = 256 - (entry >> CUT)
             base = tl.load(base_positions + page)
-            positions = irregular_positions - (base + 1) * 256
             queries = turned + (row * max_pages + index) * (D * GROUP_WIDTH)
             page_first = _turned(queries, 0, HALF, HALF_TILE, group_head, GROUP_WIDTH)
             page_second = _turned(queries, HALF, HALF, HALF_TILE, group_head, GROUP_WIDTH)
@@ -340,9 +330,9 @@ def decode_splits(
                     _scores(
                         page_first, page_second, page_rest, query_scale, page_key_words, half_range,
                         center, key_table, offset_cos, offset_sin, phase_high, phase_low, base,
-                        positions, rotary_scaling, page_weights, length, softcap, group_head,
-                        G, D, HALF, HALF_TILE, REST_TILE, K_BITS, SOFTCAP, KEY_OUTLIERS, IRREGULAR,
-                        group,
+                        irregular_positions, rotary_scaling, page_weights, length, softcap,
+                        group_head, G, D, HALF, HALF_TILE, REST_TILE, K_BITS, SOFTCAP, KEY_OUTLIERS,
+                        IRREGULAR, group,
                     ),
                 )  # fmt: skip
             tl.debug_barrier()

@@ -13,10 +13,12 @@ from typing import Final
 import triton
 import triton.language as tl
 
+from kvq_formats.pages import HALF_LARGEST
+from kvq_kernels.page_entries import token_positions
 from kvq_kernels.pair_lookup import GROUP, GROUPS, decode_pairs, group_shift, group_words
 from kvq_kernels.phases import cos_sin
 
-HALF_LARGEST: Final = tl.constexpr(65504.0)
+LARGEST: Final = tl.constexpr(HALF_LARGEST)
 
 
 @triton.jit
@@ -55,7 +57,7 @@ def _numbers(
 def _store(place, numbers, mask):
     """Store f32 numbers, rounded and saturated where memory holds f16."""
     if place.dtype.element_ty == tl.float16:
-        numbers = tl.minimum(tl.maximum(numbers, -HALF_LARGEST), HALF_LARGEST)
+        numbers = tl.minimum(tl.maximum(numbers, -LARGEST), LARGEST)
     tl.store(place, numbers.to(place.dtype.element_ty), mask=mask)
 
 
@@ -132,8 +134,7 @@ def dequantize_key_pages(
         base = tl.load(base_positions + page)
         position = base + group * GROUP + token
         if IRREGULAR:
-            places = irregular_positions - (base + 1) * 256 + group * GROUP + token
-            position = tl.where(base < 0, tl.load(places, mask=base < 0, other=0), position)
+            position = token_positions(base, irregular_positions, group * GROUP + token)
         high = tl.load(phase_high + pair, mask=is_pair, other=0)
         low = tl.load(phase_low + pair, mask=is_pair, other=0)
         cos, sin = cos_sin(position[:, None], high[None, :], low[None, :])
@@ -191,8 +192,7 @@ def add_key_outliers(
     base = tl.load(base_positions + page)
     position = base + token
     if IRREGULAR:
-        places = irregular_positions - (base + 1) * 256 + token
-        position = tl.where(base < 0, tl.load(places, mask=base < 0, other=0), position)
+        position = token_positions(base, irregular_positions, token)
     for step in range(tl.max(count, axis=0)):
         active = step < count
         entry = tl.load(pools + start + step, mask=active, other=0).to(tl.int32)

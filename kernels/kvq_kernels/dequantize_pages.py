@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kvq_formats import outliers
@@ -24,7 +23,7 @@ from kvq_kernels.dequantize_kernels import (
     dequantize_key_pages,
     dequantize_value_pages,
 )
-from kvq_kernels.kernel_tables import SMALLEST_TILE, KernelTables, channel_tiles
+from kvq_kernels.kernel_tables import SMALLEST_TILE, KernelTables, channel_tile, channel_tiles
 from kvq_kernels.launch import current
 from kvq_kernels.pair_lookup import GROUPS
 from kvq_kernels.phases import Phases
@@ -135,7 +134,7 @@ def dequantize_values(
         "tokens": output.shape[1],
         "H": H,
         "D": D,
-        "D_TILE": max(SMALLEST_TILE, triton.next_power_of_2(D)),
+        "D_TILE": channel_tile(D),
         "SCALE_HEADS": value_pages.scales.shape[1],
     }
     with current(device):
@@ -179,8 +178,7 @@ def _dense_warps(head_dim: int) -> int:
 
 
 def _unrotated_tiles(head_dim: int) -> dict[str, int]:
-    rest = max(SMALLEST_TILE, int(triton.next_power_of_2(head_dim)))
-    return {"HALF": 0, "HALF_TILE": SMALLEST_TILE, "REST_TILE": rest}
+    return {"HALF": 0, "HALF_TILE": SMALLEST_TILE, "REST_TILE": channel_tile(head_dim)}
 
 
 def _entries(codebook: Codebook, device: torch.device) -> Tensor:

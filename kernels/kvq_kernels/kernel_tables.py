@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvq_formats.codebook import LEVELS
 from kvq_formats.errors import KVQError
+from kvq_formats.pages import HALF_LARGEST
 from kvq_kernels.launch import LARGEST_GROUP, LARGEST_HEAD_DIM
 from kvq_kernels.pair_lookup import pair_table
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from kvq_kernels.phases import Phases
     from kvq_kernels.rotary import RotaryAngles
 
-HALF_LARGEST = torch.finfo(torch.float16).max
 SMALLEST_TILE = 16
 """Channels that a matrix instruction multiplies at a time."""
 
@@ -107,6 +107,11 @@ def _refused(reason: str) -> KVQError:
     return KVQError(reason, hint="--impl reference (impl='reference' in Python)")
 
 
+def channel_tile(channels: int) -> int:
+    """Width of a tile that holds ``channels`` channels."""
+    return max(SMALLEST_TILE, int(triton.next_power_of_2(channels)))
+
+
 def channel_tiles(head_dim: int, phases: Phases) -> dict[str, int]:
     """How kernels cut D channels: compile-time constants."""
     half = len(phases.high)
@@ -115,7 +120,7 @@ def channel_tiles(head_dim: int, phases: Phases) -> dict[str, int]:
     return {
         "D": head_dim,
         "HALF": half,
-        "HALF_TILE": max(SMALLEST_TILE, triton.next_power_of_2(half)),
-        "REST_TILE": max(SMALLEST_TILE, triton.next_power_of_2(rest)) if rest else 0,
-        "D_TILE": max(SMALLEST_TILE, triton.next_power_of_2(head_dim)),
+        "HALF_TILE": channel_tile(half),
+        "REST_TILE": channel_tile(rest) if rest else 0,
+        "D_TILE": channel_tile(head_dim),
     }

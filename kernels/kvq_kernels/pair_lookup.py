@@ -24,14 +24,14 @@ GROUP: Final = tl.constexpr(64)
 GROUPS: Final = tl.constexpr(4)
 """Groups of a page."""
 
-_INDEX_BITS: Final = {2: (0, 2), 3: (0, 4), 4: (0, 4)}
-"""Where the codes of the lower and of the upper neighbour begin in an index."""
+_UPPER_SHIFT: Final = {2: 2, 3: 4, 4: 4}
+"""Where the code of the upper neighbour begins in an index."""
 
 
 def pair_table(codebook: Codebook, *, device: torch.device | str) -> Tensor:
     """Both decoded numbers of every index, i32 ``[16, 128 or 256]``: two f16, lower one first."""
     code = (1 << codebook.bits) - 1
-    _, upper = _INDEX_BITS[codebook.bits]
+    upper = _UPPER_SHIFT[codebook.bits]
     index = torch.arange(1 << (upper + codebook.bits))
     codes = torch.stack([index & code, index >> upper & code], dim=-1)
     numbers = codebook.decode_entries.cpu()[codes].half()

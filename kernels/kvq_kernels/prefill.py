@@ -33,12 +33,12 @@ from torch import Tensor
 from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.pages import KeyPages, ValuePages
 from kvq_kernels.attention import AttentionOptions, ExactTokens
-from kvq_kernels.decode_splits import LOG2_E
 from kvq_kernels.dequantize_pages import dequantize_keys, dequantize_values
-from kvq_kernels.kernel_tables import SMALLEST_TILE, KernelTables
+from kvq_kernels.kernel_tables import KernelTables, channel_tile
 from kvq_kernels.launch import current, exact_precision, is_amd
 from kvq_kernels.phases import Phases
 from kvq_kernels.prefill_block import EVER, attend_block
+from kvq_kernels.scores import score_arguments
 from kvq_kernels.workspace import Workspace
 
 BLOCK_BYTES = 64 * 2**20
@@ -144,14 +144,11 @@ def attend(
         "query_token_stride": query.stride(1),
         "queries": T,
         "index": index,
-        # A soft cap comes between the scores and the units of exp2.
-        "score_scale": options.scaling * (1.0 if options.softcap else LOG2_E.value),
-        "softcap": options.softcap or 1.0,
+        **score_arguments(options),
         "H": H,
         "G": HQ // H,
         "D": D,
-        "D_TILE": max(SMALLEST_TILE, triton.next_power_of_2(D)),
-        "SOFTCAP": options.softcap is not None,
+        "D_TILE": channel_tile(D),
         "SINK_LOGITS": sinks is not None,
     }
     visible = held_pages

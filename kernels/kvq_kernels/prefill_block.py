@@ -13,7 +13,7 @@ from typing import Final
 import triton
 import triton.language as tl
 
-from kvq_kernels.decode_splits import LOG2_E, soft_capped
+from kvq_kernels.scores import LOG2_E, soft_capped
 
 SCAN_TILE: Final = tl.constexpr(1024)
 """Tokens whose visibility is looked at at a time."""
