@@ -25,7 +25,12 @@ from gpu_timing import brief
 from results_csv import REPOSITORY
 
 PART = "checks"
-TESTS = ("tests/kernels", "tests/runtime/test_kernels_on_a_model.py")
+TESTS = (
+    "tests/kernels",
+    "tests/runtime/test_kernels_on_a_model.py",
+    "tests/runtime/test_cuda_graph.py",
+    "tests/runtime/test_captured_decode.py",
+)
 SMOKE_TESTS = ("tests/kernels/test_rotary.py",)
 SOURCES = ("formats", "kernels", "runtime", "calibration", "evaluation", ".")
 SUPPORT = ("tests/support", "benchmarks")

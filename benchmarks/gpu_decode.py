@@ -72,7 +72,10 @@ def _measure(bench: Bench, case: DecodeCase, deadline: Deadline) -> None:
     ]
     expected = dense_reference(query, keys, values)
     found = decode_baselines(batch=case.batch, group=shape.group, device=device)
-    for name, attention in [*found, ("triton split-KV", _tuned(query, plain, device, expected))]:
+    for name, attention in [
+        *found,
+        ("triton split-KV", tuned_decode(query, plain, device, expected)),
+    ]:
         usable = _checked(attention, query, plain[0], expected)
         if isinstance(usable, str):
             report.add(PART, name, "us", "", "us", usable, **case.columns)
@@ -177,8 +180,12 @@ class _TritonDecode:
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return self._decode(query, keys, values, self._lengths)
 
+    def over(self, query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+        """The same over the first ``lengths`` tokens, i32 ``[B]``, of each row."""
+        return self._decode(query, keys, values, lengths)
 
-def _tuned(
+
+def tuned_decode(
     query: Tensor, plain: list[tuple[Tensor, Tensor]], device: torch.device, expected: Tensor
 ) -> Attention | str:
     """The fastest cut for this shape, by a short race."""

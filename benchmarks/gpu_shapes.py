@@ -13,12 +13,16 @@ from kvq_formats.config import KVQConfig
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one layer."""
+    """Attention of one layer; of a whole model also all else."""
 
     name: str
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    layers: int = 1
+    hidden: int = 32
+    intermediate: int = 32
+    vocabulary: int = 256
 
     @property
     def group(self) -> int:
@@ -70,7 +74,7 @@ class DecodeCase:
 
 
 LLAMA_2_7B = Shape("Llama-2-7B", 32, 32, 128)
-LLAMA_3_8B = Shape("Llama-3-8B", 32, 8, 128)
+LLAMA_3_8B = Shape("Llama-3-8B", 32, 8, 128, 32, 4096, 14_336, 128_256)
 QWEN_25_7B = Shape("Qwen2.5-7B", 28, 4, 128)
 TINY = Shape("tiny", 2, 1, 16)
 
@@ -86,6 +90,8 @@ class Sizes:
         chunk, past: queries of a prefill, and tokens before them.
         hidden, intermediate: widths of the layer beside which packing is put.
         model_prompt, model_tokens: tokens that a model reads, and then decodes a round.
+        captured_shape, captured_tokens: of a whole model, and how much its cache holds.
+        captured_steps, captured_rounds: tokens of a round; all rounds together fill a page.
         copied_bytes: of the tensor that bandwidth is measured with.
     """
 
@@ -101,6 +107,10 @@ class Sizes:
     model_prompt: int
     model_tokens: int
     model_rounds: int
+    captured_shape: Shape
+    captured_tokens: int
+    captured_steps: int
+    captured_rounds: int
     copied_bytes: int
 
 
@@ -128,6 +138,10 @@ FULL = Sizes(
     model_prompt=8192,
     model_tokens=32,
     model_rounds=4,
+    captured_shape=LLAMA_3_8B,
+    captured_tokens=131_072,
+    captured_steps=64,
+    captured_rounds=4,
     copied_bytes=2 * 2**30,
 )
 
@@ -144,6 +158,10 @@ SMOKE = Sizes(
     model_prompt=260,
     model_tokens=1,
     model_rounds=1,
+    captured_shape=TINY,
+    captured_tokens=258,
+    captured_steps=1,
+    captured_rounds=1,
     copied_bytes=2**20,
 )
 

@@ -99,7 +99,7 @@ def compile_kernel(
     """Compile a kernel as a launch with such arguments would.
 
     Args:
-        kernel: A function under ``triton.jit``.
+        kernel: A function under ``triton.jit`` or ``gluon.jit``.
         signature: Types of the arguments that are passed at run time, e.g. ``"*fp16"``, ``"i32"``.
         constexprs: Values of all others. Besides those declared ``tl.constexpr`` these are the
             arguments that a launch turns into constants: None, and integers equal to 1.
@@ -117,13 +117,14 @@ def compile_kernel(
     _refuse_interpreter()
     import triton
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.jit import JITFunction
 
     if not isinstance(kernel, JITFunction):
-        raise ValueError(f"Not a function under triton.jit: {kernel!r}")
+        raise ValueError(f"Not a function under triton.jit or gluon.jit: {kernel!r}")
     _check_arguments(kernel, signature, constexprs, divisible)
     names = kernel.arg_names
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         fn=kernel,
         # Triton takes the arguments in the order of the mapping
         signature={name: signature.get(name, "constexpr") for name in names},

@@ -9,7 +9,8 @@ from typing import Any
 from kernel_code import KernelCode, Target, compile_kernel, read_code
 
 TYPES = {
-    "query": "*bf16", "turned": "*fp16", "sizes": "*fp32", "max_pages": "i32",
+    "query": "*bf16", "turned": "*fp16", "page_queries": "*fp16", "sizes": "*fp32",
+    "max_pages": "i32",
     "key_words": "*i32", "key_half_range": "*fp16", "key_center": "*fp16",
     "key_table": "*i32", "value_words": "*i32", "value_table": "*i32",
     "block_table": "*i32", "lengths": "*i32", "base_positions": "*i32",
@@ -29,8 +30,13 @@ TYPES = {
     "fresh": "i32", "midpoints": "*fp32", "decode_entries": "*fp32", "magnitudes": "*fp32",
     "entries": "*i16", "stride_head": "i32", "stride_token": "i32", "outlier_step": "fp32",
     "bounds": "*fp32", "places": "*i32",
+    "key_lookup": "*i32", "value_lookup": "*i32", "key_scale": "*i32", "key_zero": "*i32",
+    "value_step": "fp32", "value_offset": "fp32",
 }  # fmt: skip
 """Arguments of kernels in a bf16 model."""
+
+PAIRS = dict.fromkeys(["offset_cos", "offset_sin", "scales"], "*i32")
+"""What the fast path reads two f16 at a time."""
 
 ALIGNED = {"weight_tokens", "tokens", "stride_head", "stride_token"}
 """Numbers that are multiples of 16, beside strides and addresses."""

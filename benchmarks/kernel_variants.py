@@ -9,10 +9,9 @@ shared memory. Budgets only go down. Rows that have ``ci`` set are compiled by t
 compiles the others, too; ``--lower`` writes what was measured where it is less than the budget.
 Exit code 1 if a budget is exceeded.
 
-How often loops run, for one program of the main kernel: ``PAGES`` pages; the side passes walk as
-far as outliers of the embedded model reach on average (``outlier_runs.py``); the merge of a head is
-shared by ``SPLITS`` programs. Both branches of an ``if`` count, so that a program of pages is
-charged for exact tokens, too.
+How often loops run: 128 k tokens of one row with 8 key/value heads, on 132 multiprocessors
+(``decode_code.py``); side passes walk as far as outliers of the embedded model reach on average
+(``outlier_runs.py``). Both branches of an ``if`` count.
 """
 
 from __future__ import annotations
@@ -22,33 +21,25 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
+from decode_code import Shape, issued, measure_decode, worst
 from kernel_code import (
     BUDGETS,
     LIMITS,
     Budget,
-    KernelCode,
     Measured,
     Target,
     check,
-    instructions_per_element,
     read_budgets,
 )
 from kernel_signatures import code_of
 from results_csv import write_csv
 from triton import next_power_of_2
 
-from kvq_formats.config import PAGE_TOKENS
 from kvq_kernels import pack, prefill
-from kvq_kernels.decode import MAIN_WARPS
-from kvq_kernels.decode_merge import SPLIT_TILE, merge_splits
-from kvq_kernels.decode_outliers import key_outlier_scores, value_outlier_sums
-from kvq_kernels.decode_queries import turn_queries
-from kvq_kernels.decode_splits import EXACT_TILE, decode_splits
 from kvq_kernels.dequantize_kernels import (
     add_key_outliers,
     add_value_outliers,
@@ -59,122 +50,6 @@ from kvq_kernels.pack_codes import pack_key_codes, pack_value_codes
 from kvq_kernels.prefill_block import attend_block
 from kvq_kernels.select_outliers import select_outliers
 from kvq_kernels.value_scales import value_scales
-
-RUNS = Path(__file__).resolve().parent / "results" / "outlier-runs.csv"
-PAGES = 16
-"""Pages of a program: 128 k tokens of one row with 8 key/value heads on 132 multiprocessors."""
-
-SPLITS = 33
-WINDOW = 1 + PAGE_TOKENS
-"""Exact tokens that there is room for: a sink and a page."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a variant is compiled for; columns of the table.
-
-    ``every_option``: a quarter of the channels rotated, positions that jump, a soft cap, learned
-    sinks, a scale a head: what few models or caches have.
-    """
-
-    key_bits: int
-    value_bits: int
-    head_dim: int
-    group: int
-    outliers: bool
-    every_option: bool
-
-    @classmethod
-    def of(cls, budget: Budget) -> Shape:
-        settings = budget.settings
-        return cls(
-            key_bits=int(settings["key_bits"]),
-            value_bits=int(settings["value_bits"]),
-            head_dim=int(settings["head_dim"]),
-            group=int(settings["group"]),
-            outliers=settings["outliers"] == "1",
-            every_option=budget.variant == "every option",
-        )
-
-
-def longest_run(kind: str, lanes: int) -> float:
-    """Mean steps of a side pass, to one decimal."""
-    with RUNS.open(newline="", encoding="utf-8") as file:
-        rows = [r for r in csv.DictReader(file) if r["pass"] == kind and r["lanes"] == str(lanes)]
-    programs = sum(int(row["programs"]) for row in rows)
-    return round(sum(int(r["longest_run"]) * int(r["programs"]) for r in rows) / programs, 1)
-
-
-def measure_decode(shape: Shape, target: Target) -> Measured:
-    """A whole decode: instructions for each number of the cache, worst stack and shared memory."""
-    D, G = shape.head_dim, shape.group
-    lanes = target.warp_size
-    exact_splits = -(-WINDOW // EXACT_TILE.value)
-    half = D // 8 if shape.every_option else D // 2
-    constants = {
-        "HQ": 8 * G,
-        "H": 8,
-        "G": G,
-        "GROUP_WIDTH": next_power_of_2(G),
-        "N": max(16 if target.is_amd else 8, next_power_of_2(G)),
-        "D": D,
-        "HALF": half,
-        "HALF_TILE": max(16, next_power_of_2(half)),
-        "REST_TILE": next_power_of_2(D - 2 * half) if 2 * half < D else 0,
-        "D_TILE": next_power_of_2(D),
-        "K_BITS": shape.key_bits,
-        "V_BITS": shape.value_bits,
-        "CHANNEL_BITS": (D - 1).bit_length(),
-        "SCALE_HEADS": 8 if shape.every_option else 1,
-        "EXACT_SPLITS": exact_splits,
-        "PART": lanes,
-        "SOFTCAP": shape.every_option,
-        "SINK_LOGITS": shape.every_option,
-        "KEY_OUTLIERS": shape.outliers,
-        "VALUE_OUTLIERS": shape.outliers,
-        "IRREGULAR": shape.every_option,
-        "PRECISION": "ieee" if target.is_amd else "tf32",
-    }
-
-    def code(kernel: Any, warps: int, *, stages: int = 3, **more: Any) -> KernelCode:
-        known = {**constants, **more}
-        taken = {name: known[name] for name in kernel.arg_names if name in known}
-        return code_of(kernel, taken, target=target, warps=warps, stages=stages)
-
-    turn = code(turn_queries, 1)
-    splits = code(decode_splits, MAIN_WARPS, stages=1)
-    merge = code(merge_splits, 4)
-    codes = [turn, splits, merge]
-    total = PAGES * _issued(turn, {}) + _issued(splits, {"0": PAGES})
-    tiles = -(-(SPLITS + exact_splits) // SPLIT_TILE.value)
-    total += _issued(merge, {"0": tiles}) * G / SPLITS
-    if shape.outliers:
-        keys = code(key_outlier_scores, 1, CAPACITY=4 * D)
-        values = code(value_outlier_sums, 1, CAPACITY=400)
-        codes += [keys, values]
-        steps = _walk(keys, PAGE_TOKENS // lanes, longest_run("keys", lanes))
-        total += PAGES * _issued(keys, steps)
-        steps = _walk(values, PAGES, longest_run("values", lanes))
-        total += _issued(values, steps) * D / lanes
-    return _worst(codes, target, total / (PAGES * PAGE_TOKENS * 2 * D))
-
-
-def _issued(code: KernelCode, trips: Mapping[str, float]) -> float:
-    return instructions_per_element(code.nest, trips, elements=1, threads=code.threads)
-
-
-def _walk(code: KernelCode, outer: int, steps: float) -> dict[str, float]:
-    """Trips of a loop of ``outer`` rounds around a walk of ``steps``, as the compiler left them.
-
-    Where it unrolled the walk, the loop over what is left counts for all steps; where it unrolled
-    the rounds, there are as many walks.
-    """
-    names = [loop.name for loop in code.nest.loops]
-    walks = [name for name in names if "." in name]
-    if not walks:
-        assert len(names) == outer, code.nest
-        return dict.fromkeys(names, steps)
-    return {"0": outer, **{name: steps if name == walks[-1] else 0.0 for name in walks}}
 
 
 def measure_prefill(shape: Shape, target: Target) -> Measured:
@@ -207,7 +82,7 @@ def measure_prefill(shape: Shape, target: Target) -> Measured:
                 types=exact,
             )
         )
-    return _worst(codes, target)
+    return worst(codes, target)
 
 
 def measure_dequantize(shape: Shape, target: Target) -> Measured:
@@ -240,7 +115,7 @@ def measure_dequantize(shape: Shape, target: Target) -> Measured:
             for second in (False, True)
         ]  # fmt: skip
         codes.append(code_of(add_value_outliers, {**pool, **tile}, warps=4, **half))
-    return _worst(codes, target, (_issued(keys, {}) + _issued(values, {})) / (2 * 64 * D))
+    return worst(codes, target, (issued(keys, {}) + issued(values, {})) / (2 * 64 * D))
 
 
 def measure_pack(shape: Shape, target: Target) -> Measured:
@@ -275,16 +150,7 @@ def measure_pack(shape: Shape, target: Target) -> Measured:
             warps=pack.SELECT_WARPS, **both,
         ),
     ]  # fmt: skip
-    return _worst(codes, target)
-
-
-def _worst(codes: Sequence[KernelCode], target: Target, instructions: float = 0.0) -> Measured:
-    return Measured(
-        target=target,
-        instructions_per_element=instructions,
-        stack_bytes=max(code.stack_bytes for code in codes),
-        shared_bytes=max(code.shared_bytes for code in codes),
-    )
+    return worst(codes, target)
 
 
 MEASURES: dict[str, Callable[[Shape, Target], Measured]] = {

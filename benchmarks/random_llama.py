@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -12,6 +14,9 @@ from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.parameters import KeyParameters
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar
+
+if TYPE_CHECKING:
+    from gpu_shapes import Shape
 
 VOCABULARY = 256
 SHAPE = "32 query heads, 8 KV heads of 128"
@@ -36,6 +41,26 @@ def random_llama(*, layers: int, positions: int, dtype: torch.dtype) -> LlamaFor
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def random_llama_like(shape: Shape, *, positions: int, device: torch.device) -> LlamaForCausalLM:
+    """A whole model of ``shape`` in bf16, made where it is used; f32 for the interpreter."""
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=positions,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        attn_implementation="sdpa",
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with device:
+        model: LlamaForCausalLM = LlamaForCausalLM._from_config(config, dtype=dtype)
+    return model.eval()
 
 
 def random_ids(batch: int, tokens: int, *, seed: int = 0) -> Tensor:

@@ -26,11 +26,19 @@ def _query(query, FIRST: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, 
 
 
 @triton.jit
-def _keep(turned, numbers, FIRST: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, N):
+def _keep(
+    queries,
+    numbers,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    TILE: tl.constexpr,
+    channel_stride,
+    head_stride,
+):
     place = tl.arange(0, TILE)
     head = tl.arange(0, numbers.shape[0])
     tl.store(
-        turned + (FIRST + place)[None, :] * N + head[:, None],
+        queries + (FIRST + place)[None, :] * channel_stride + head[:, None] * head_stride,
         numbers.to(tl.float16),
         mask=(place < COUNT)[None, :],
     )
@@ -45,6 +53,7 @@ def turn_queries(
     phase_high,
     phase_low,
     turned,
+    page_queries,
     sizes,
     table_width,
     max_pages,
@@ -56,12 +65,16 @@ def turn_queries(
     HALF_TILE: tl.constexpr,
     REST_TILE: tl.constexpr,
     IRREGULAR: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    BY_HEAD: tl.constexpr,
 ):
     """Program ``(page of the row, h, b)``.
 
-    Writes ``turned`` f16 ``[B, H, max_pages, D, GROUP_WIDTH]``, queries divided by their largest
-    number so that f16 holds them, and that number, ``sizes`` f32 ``[B, H, GROUP_WIDTH]``. The width
-    is G, rounded up to a power of two; heads behind G are 0. With IRREGULAR queries are not turned.
+    Writes queries divided by their largest number so that f16 holds them, and that number,
+    ``sizes`` f32 ``[B, H, GROUP_WIDTH]``. The width is G, rounded up to a power of two; heads
+    behind G are 0. Queries go to ``turned`` f16 ``[B, H, max_pages, D, GROUP_WIDTH]`` or to
+    ``page_queries`` ``[B, H, max_pages, GROUP_WIDTH, D]`` or to both, as kernels need them. With
+    IRREGULAR they are not turned.
     """
     index, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if index < tl.load(lengths + batch * 3):
@@ -84,6 +97,7 @@ def turn_queries(
         if index == 0:
             tl.store(sizes + row * GROUP_WIDTH + group_head, largest)
         turned += (row.to(tl.int64) * max_pages + index) * (D * GROUP_WIDTH)
+        page_queries += (row.to(tl.int64) * max_pages + index) * (D * GROUP_WIDTH)
         if HALF > 0:
             first /= largest[:, None]
             second /= largest[:, None]
@@ -95,7 +109,16 @@ def turn_queries(
                 cos, sin = cos_sin(base, high, low)
                 cos, sin = cos[None, :], sin[None, :]
                 first, second = first * cos + second * sin, second * cos - first * sin
-            _keep(turned, first, 0, HALF, HALF_TILE, GROUP_WIDTH)
-            _keep(turned, second, HALF, HALF, HALF_TILE, GROUP_WIDTH)
+            if BY_CHANNEL:
+                _keep(turned, first, 0, HALF, HALF_TILE, GROUP_WIDTH, 1)
+                _keep(turned, second, HALF, HALF, HALF_TILE, GROUP_WIDTH, 1)
+            if BY_HEAD:
+                _keep(page_queries, first, 0, HALF, HALF_TILE, 1, D)
+                _keep(page_queries, second, HALF, HALF, HALF_TILE, 1, D)
         if REST_TILE > 0:
-            _keep(turned, rest / largest[:, None], 2 * HALF, D - 2 * HALF, REST_TILE, GROUP_WIDTH)
+            rest /= largest[:, None]
+            FIRST: tl.constexpr = 2 * HALF
+            if BY_CHANNEL:
+                _keep(turned, rest, FIRST, D - FIRST, REST_TILE, GROUP_WIDTH, 1)
+            if BY_HEAD:
+                _keep(page_queries, rest, FIRST, D - FIRST, REST_TILE, 1, D)

@@ -1,4 +1,4 @@
-"""Decode attention, main kernel: one program reads a run of pages, or a tile of exact tokens.
+"""Decode attention, main kernel: one program reads a run of pages.
 
 Scores are kept as ``[tokens, group]`` and outputs as ``[channels, group]``: tokens and channels
 fill the long side of a matrix instruction, the query heads that share a key/value head the short
@@ -8,8 +8,6 @@ one, so that every number of the cache is decoded once a group (``docs/kernels.m
 
 from __future__ import annotations
 
-from typing import Final
-
 import triton
 import triton.language as tl
 
@@ -17,9 +15,7 @@ from kvq_kernels.page_entries import CUT, PAGE_IDS, token_positions
 from kvq_kernels.pair_lookup import GROUP, decode_pairs, group_shift, group_words
 from kvq_kernels.phases import cos_sin
 from kvq_kernels.scores import soft_capped
-
-EXACT_TILE: Final = tl.constexpr(32)
-"""Exact tokens of a program."""
+from kvq_kernels.split_states import write_split
 
 
 @triton.jit
@@ -47,16 +43,6 @@ def _keys(
     scale = tl.load(half_range + FIRST + place, mask=inside, other=0.0)
     shifted = tl.load(center + FIRST + place, mask=inside, other=0.0)
     return numbers * scale[None, :] + shifted[None, :]
-
-
-@triton.jit
-def _query(query, FIRST: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, head_offset, valid):
-    """Queries f32 ``[TILE, N]``, zero where there is none."""
-    place = tl.arange(0, TILE)
-    mask = (place < COUNT)[:, None] & valid[None, :]
-    return tl.load(query + head_offset[None, :] + FIRST + place[:, None], mask=mask, other=0.0).to(
-        tl.float32
-    )
 
 
 @triton.jit
@@ -173,7 +159,6 @@ def _values(
 
 @triton.jit
 def decode_splits(
-    query,
     turned,
     sizes,
     key_words,
@@ -191,9 +176,6 @@ def decode_splits(
     phase_low,
     offset_cos,
     offset_sin,
-    exact_keys,
-    exact_values,
-    exact_positions,
     weights,
     page_max,
     page_range,
@@ -203,7 +185,6 @@ def decode_splits(
     table_width,
     max_pages,
     weight_tokens,
-    exact_room,
     score_scale,
     softcap,
     rotary_scaling,
@@ -224,13 +205,8 @@ def decode_splits(
     KEY_OUTLIERS: tl.constexpr,
     VALUE_OUTLIERS: tl.constexpr,
     IRREGULAR: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Program ``(split, h, b)``; the first EXACT_SPLITS splits are tiles of exact tokens.
-
-    Writes the split's largest score (in units of ``exp2``), its sum of weights, and its weighted
-    values relative to them: f32 ``[B, H, splits, G]``, twice, and ``[B, H, splits, G, D]``.
-    """
+    """Program ``(split of pages, h, b)``; splits of exact tokens come before those of pages."""
     split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits = tl.num_programs(0)
     group_head = tl.arange(0, N)
@@ -239,146 +215,84 @@ def decode_splits(
     state_sum = tl.zeros([N], tl.float32)
     state_center = tl.zeros([N], tl.float32)
     state_out = tl.zeros([D_TILE, N], tl.float32)
-    row_lengths = lengths + batch * 3
-
-    if split < EXACT_SPLITS:
-        count = tl.load(row_lengths + 1) + tl.load(row_lengths + 2)
-        place = split * EXACT_TILE + tl.arange(0, EXACT_TILE)
-        held = place < count
-        line = (batch * H + head).to(tl.int64) * exact_room
-        keys = exact_keys + (line + place)[:, None] * D
-        scores = tl.zeros([EXACT_TILE, N], tl.float32)
-        if split * EXACT_TILE < count:
-            own = query + (batch * H + head) * G * D
-            head_offset = group_head * D
-            if HALF > 0:
-                query_first = _query(own, 0, HALF, HALF_TILE, head_offset, valid)
-                query_second = _query(own, HALF, HALF, HALF_TILE, head_offset, valid)
-                pair = tl.arange(0, HALF_TILE)
-                loaded = held[:, None] & (pair < HALF)[None, :]
-                first = tl.load(keys + pair[None, :], mask=loaded, other=0.0).to(tl.float32)
-                second = tl.load(keys + HALF + pair[None, :], mask=loaded, other=0.0).to(tl.float32)
-                position = tl.load(exact_positions + batch * exact_room + place, mask=held, other=0)
-                high = tl.load(phase_high + pair, mask=pair < HALF, other=0)[None, :]
-                low = tl.load(phase_low + pair, mask=pair < HALF, other=0)[None, :]
-                cos, sin = cos_sin(position[:, None], high, low)
-                cos *= rotary_scaling
-                sin *= rotary_scaling
-                scores = tl.dot(
-                    first * cos - second * sin, query_first, scores, input_precision=PRECISION
-                )
-                scores = tl.dot(
-                    second * cos + first * sin, query_second, scores, input_precision=PRECISION
-                )
-            if REST_TILE > 0:
-                query_rest = _query(own, 2 * HALF, D - 2 * HALF, REST_TILE, head_offset, valid)
-                pair = tl.arange(0, REST_TILE)
-                loaded = held[:, None] & (pair < D - 2 * HALF)[None, :]
-                rest = tl.load(keys + 2 * HALF + pair[None, :], mask=loaded, other=0.0)
-                scores = tl.dot(rest.to(tl.float32), query_rest, scores, input_precision=PRECISION)
-            scores *= score_scale
-            if SOFTCAP:
-                scores = soft_capped(scores, softcap)
-            scores = tl.where(held[:, None], scores, -float("inf"))
-            state_max = tl.max(scores, axis=0)
-            weight = tl.exp2(scores - state_max[None, :])
-            state_sum = tl.sum(weight, axis=0)
-            channel = tl.arange(0, D_TILE)
-            values = tl.load(
-                exact_values + (line + place)[None, :] * D + channel[:, None],
-                mask=held[None, :] & (channel < D)[:, None],
-                other=0.0,
-            )
-            state_out = tl.dot(values.to(tl.float32), weight, state_out, input_precision=PRECISION)
-    else:
-        row = (batch * H + head).to(tl.int64)
-        query_scale = tl.load(sizes + row * GROUP_WIDTH + group_head, mask=valid, other=0.0)
-        query_scale *= score_scale
-        pages = tl.load(row_lengths)
-        each = tl.cdiv(pages, splits - EXACT_SPLITS)
-        start = (split - EXACT_SPLITS) * each
-        half_range = key_half_range + head * D
-        center = key_center + head * D
-        row_weights = weights + row * weight_tokens * G
-        row_max = page_max + row * max_pages * G
-        for index in range(start, tl.minimum(start + each, pages)):
-            entry = tl.load(block_table + batch * table_width + index)
-            page = (entry & PAGE_IDS).to(tl.int64)
-            length = 256 - (entry >> CUT)
-            base = tl.load(base_positions + page)
-            queries = turned + (row * max_pages + index) * (D * GROUP_WIDTH)
-            page_first = _turned(queries, 0, HALF, HALF_TILE, group_head, GROUP_WIDTH)
-            page_second = _turned(queries, HALF, HALF, HALF_TILE, group_head, GROUP_WIDTH)
-            page_rest = page_first
-            if REST_TILE > 0:
-                page_rest = _turned(
-                    queries, 2 * HALF, D - 2 * HALF, REST_TILE, group_head, GROUP_WIDTH
-                )
-            page_key_words = key_words + (page * H + head) * (K_BITS * 8 * D)
-            page_value_words = value_words + (page * H + head) * (V_BITS * 8 * D)
-            scale_head = head if SCALE_HEADS > 1 else 0
-            page_scales = scales + (page * SCALE_HEADS + scale_head) * 512
-            page_weights = row_weights + index * 256 * G
-            # One softmax a page: reductions and rescaling cost as much for 64 tokens as for 256.
-            scores = ()
-            for group in tl.static_range(4):
-                # Fences keep the compiler from loading all groups at once, for which there are no
-                # registers; where there are, it does better without.
-                if D_TILE > 128 or D_TILE > D:
-                    tl.debug_barrier()
-                scores += (
-                    _scores(
-                        page_first, page_second, page_rest, query_scale, page_key_words, half_range,
-                        center, key_table, offset_cos, offset_sin, phase_high, phase_low, base,
-                        irregular_positions, rotary_scaling, page_weights, length, softcap,
-                        group_head, G, D, HALF, HALF_TILE, REST_TILE, K_BITS, SOFTCAP, KEY_OUTLIERS,
-                        IRREGULAR, group,
-                    ),
-                )  # fmt: skip
-            tl.debug_barrier()
-            largest = tl.maximum(tl.maximum(scores[0], scores[1]), tl.maximum(scores[2], scores[3]))
-            largest = tl.maximum(state_max, tl.max(largest, axis=0))
-            decay = tl.exp2(state_max - largest)
-            state_max = largest
-            token = tl.arange(0, GROUP)
-            widest = tl.zeros([GROUP], tl.float32)
-            for group in tl.static_range(4):
-                token_range = tl.load(page_scales + 2 * (group * GROUP + token)).to(tl.float32)
-                widest = tl.maximum(widest, token_range)
-            widest = tl.max(widest, axis=0)
-            total = tl.zeros([GROUP, N], tl.float32)
-            centers = tl.zeros([GROUP, N], tl.float32)
-            added = tl.zeros([D_TILE, N], tl.float32)
-            for group in tl.static_range(4):
-                place = group * GROUP + token
-                weight = tl.exp2(scores[group] - largest[None, :])
-                total += weight
-                # A value is half_range * z + center of its token: both fold into the weights. The
-                # largest half-range of the page is taken out, so that f16 holds at most 1.
-                token_range = tl.load(page_scales + 2 * place).to(tl.float32)
-                token_center = tl.load(page_scales + 2 * place + 1).to(tl.float32)
-                centers += weight * token_center[:, None]
-                weight = (weight * (token_range / widest)[:, None]).to(tl.float16)
-                if VALUE_OUTLIERS:
-                    kept = page_weights + place[:, None] * G + group_head[None, :]
-                    tl.store(kept, weight, mask=valid[None, :])
+    row = (batch * H + head).to(tl.int64)
+    query_scale = tl.load(sizes + row * GROUP_WIDTH + group_head, mask=valid, other=0.0)
+    query_scale *= score_scale
+    pages = tl.load(lengths + batch * 3)
+    each = tl.cdiv(pages, splits)
+    start = split * each
+    half_range = key_half_range + head * D
+    center = key_center + head * D
+    row_weights = weights + row * weight_tokens * G
+    row_max = page_max + row * max_pages * G
+    for index in range(start, tl.minimum(start + each, pages)):
+        entry = tl.load(block_table + batch * table_width + index)
+        page = (entry & PAGE_IDS).to(tl.int64)
+        length = 256 - (entry >> CUT)
+        base = tl.load(base_positions + page)
+        queries = turned + (row * max_pages + index) * (D * GROUP_WIDTH)
+        page_first = _turned(queries, 0, HALF, HALF_TILE, group_head, GROUP_WIDTH)
+        page_second = _turned(queries, HALF, HALF, HALF_TILE, group_head, GROUP_WIDTH)
+        page_rest = page_first
+        if REST_TILE > 0:
+            page_rest = _turned(queries, 2 * HALF, D - 2 * HALF, REST_TILE, group_head, GROUP_WIDTH)
+        page_key_words = key_words + (page * H + head) * (K_BITS * 8 * D)
+        page_value_words = value_words + (page * H + head) * (V_BITS * 8 * D)
+        scale_head = head if SCALE_HEADS > 1 else 0
+        page_scales = scales + (page * SCALE_HEADS + scale_head) * 512
+        page_weights = row_weights + index * 256 * G
+        # One softmax a page: reductions and rescaling cost as much for 64 tokens as for 256.
+        scores = ()
+        for group in tl.static_range(4):
+            # Fences keep the compiler from loading all groups at once, for which there are no
+            # registers; where there are, it does better without.
+            if D_TILE > 128 or D_TILE > D:
                 tl.debug_barrier()
-                values = _values(page_value_words, value_table, D, D_TILE, V_BITS, group)
-                added = tl.dot(values, weight, added)
-            state_sum = state_sum * decay + tl.sum(total, axis=0)
-            state_center = state_center * decay + tl.sum(centers, axis=0)
-            state_out = state_out * decay[None, :] + added * widest
+            scores += (
+                _scores(
+                    page_first, page_second, page_rest, query_scale, page_key_words, half_range,
+                    center, key_table, offset_cos, offset_sin, phase_high, phase_low, base,
+                    irregular_positions, rotary_scaling, page_weights, length, softcap,
+                    group_head, G, D, HALF, HALF_TILE, REST_TILE, K_BITS, SOFTCAP, KEY_OUTLIERS,
+                    IRREGULAR, group,
+                ),
+            )  # fmt: skip
+        tl.debug_barrier()
+        largest = tl.maximum(tl.maximum(scores[0], scores[1]), tl.maximum(scores[2], scores[3]))
+        largest = tl.maximum(state_max, tl.max(largest, axis=0))
+        decay = tl.exp2(state_max - largest)
+        state_max = largest
+        token = tl.arange(0, GROUP)
+        widest = tl.zeros([GROUP], tl.float32)
+        for group in tl.static_range(4):
+            token_range = tl.load(page_scales + 2 * (group * GROUP + token)).to(tl.float32)
+            widest = tl.maximum(widest, token_range)
+        widest = tl.max(widest, axis=0)
+        total = tl.zeros([GROUP, N], tl.float32)
+        centers = tl.zeros([GROUP, N], tl.float32)
+        added = tl.zeros([D_TILE, N], tl.float32)
+        for group in tl.static_range(4):
+            place = group * GROUP + token
+            weight = tl.exp2(scores[group] - largest[None, :])
+            total += weight
+            # A value is half_range * z + center of its token: both fold into the weights. The
+            # largest half-range of the page is taken out, so that f16 holds at most 1.
+            token_range = tl.load(page_scales + 2 * place).to(tl.float32)
+            token_center = tl.load(page_scales + 2 * place + 1).to(tl.float32)
+            centers += weight * token_center[:, None]
+            weight = (weight * (token_range / widest)[:, None]).to(tl.float16)
             if VALUE_OUTLIERS:
-                tl.store(row_max + index * G + group_head, largest, mask=valid)
-                tl.store(page_range + row * max_pages + index, widest)
-        state_out += state_center[None, :]
-
-    place = ((batch * H + head).to(tl.int64) * splits + split) * G + group_head
-    tl.store(split_max + place, state_max, mask=valid)
-    tl.store(split_sum + place, state_sum, mask=valid)
-    channel = tl.arange(0, D_TILE)
-    tl.store(
-        split_out + place[None, :] * D + channel[:, None],
-        state_out,
-        mask=valid[None, :] & (channel < D)[:, None],
-    )
+                kept = page_weights + place[:, None] * G + group_head[None, :]
+                tl.store(kept, weight, mask=valid[None, :])
+            tl.debug_barrier()
+            values = _values(page_value_words, value_table, D, D_TILE, V_BITS, group)
+            added = tl.dot(values, weight, added)
+        state_sum = state_sum * decay + tl.sum(total, axis=0)
+        state_center = state_center * decay + tl.sum(centers, axis=0)
+        state_out = state_out * decay[None, :] + added * widest
+        if VALUE_OUTLIERS:
+            tl.store(row_max + index * G + group_head, largest, mask=valid)
+            tl.store(page_range + row * max_pages + index, widest)
+    line = (row * (splits + EXACT_SPLITS) + EXACT_SPLITS + split) * G
+    state_out += state_center[None, :]
+    write_split(split_out, split_max, split_sum, line, state_out, state_max, state_sum, G, D)

@@ -13,6 +13,7 @@ from kvq_formats.codebook import LEVELS
 from kvq_formats.errors import KVQError
 from kvq_formats.pages import HALF_LARGEST
 from kvq_kernels.launch import LARGEST_GROUP, LARGEST_HEAD_DIM
+from kvq_kernels.nvidia.tables import LookupTables
 from kvq_kernels.pair_lookup import pair_table
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class KernelTables:
         key_pairs, value_pairs: i32, ``pair_lookup.pair_table``.
         half_range, center: f16 ``[H, D]``, of the keys.
         outlier_half_range: f32 ``[H, D]``.
+        lookups: for the fast path.
     """
 
     parameters: LayerParameters
@@ -43,6 +45,7 @@ class KernelTables:
     half_range: Tensor
     center: Tensor
     outlier_half_range: Tensor
+    lookups: LookupTables
 
     @classmethod
     def of(
@@ -58,6 +61,7 @@ class KernelTables:
             half_range=key.half_range.half().contiguous().to(device),
             center=key.center.half().contiguous().to(device),
             outlier_half_range=key.half_range.float().contiguous().to(device),
+            lookups=LookupTables.of(parameters, config, device=device),
         )
 
     @property

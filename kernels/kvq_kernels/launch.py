@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import triton
 
-WAVES = 2
-"""Programs a multiprocessor that a decode step is cut into, if there are pages for them."""
+from kvq_kernels.launch_table import DecodeLaunch
 
 LARGEST_GROUP = 16
 LARGEST_HEAD_DIM = 256
@@ -58,7 +57,20 @@ def multiprocessors(device: torch.device) -> int:
     return count
 
 
-def page_splits(*, batch: int, num_kv_heads: int, max_pages: int, device: torch.device) -> int:
+@cache
+def architecture(device: torch.device) -> str:
+    """Name of what code is compiled for: ``sm_90``, ``gfx942``; ``cpu`` where it is interpreted."""
+    if device.type != "cuda":
+        return device.type
+    if is_amd():
+        return str(torch.cuda.get_device_properties(device).gcnArchName)
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def page_splits(
+    launch: DecodeLaunch, *, batch: int, num_kv_heads: int, max_pages: int, device: torch.device
+) -> int:
     """Programs that the pages of a row and head are shared out to."""
-    room = WAVES * multiprocessors(device) // (batch * num_kv_heads)
+    room = launch.programs * multiprocessors(device) // (batch * num_kv_heads)
     return max(1, min(room, max_pages))

@@ -135,6 +135,7 @@ def kernel_scratch_bytes(
         batch=rows,
         max_pages=pages,
         exact_room=window,
+        bits=(config.key_bits, config.value_bits),
         outliers=config.outlier_fraction > 0,
         device=device,
     )
