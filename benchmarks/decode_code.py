@@ -16,7 +16,7 @@ from kvq_formats.config import PAGE_TOKENS
 from kvq_kernels.decode_exact import EXACT_TILE, exact_splits
 from kvq_kernels.decode_merge import SPLIT_TILE, merge_splits
 from kvq_kernels.decode_outliers import key_outlier_scores, value_outlier_sums
-from kvq_kernels.decode_queries import turn_queries
+from kvq_kernels.decode_queries import TURN_PAGES, turn_queries
 from kvq_kernels.decode_splits import decode_splits
 from kvq_kernels.launch_table import decode_launch
 from kvq_kernels.nvidia.decode_pages import decode_pages
@@ -27,6 +27,9 @@ PAGES_OF_A_ROW = 512
 
 KV_HEADS = 8
 MULTIPROCESSORS = 132
+SHARED_TILES = ("16x16x8xf16", "4x64x8xf32")
+"""Weights and scores of a page, all that the fast path passes through shared memory."""
+
 WINDOW = 1 + PAGE_TOKENS
 """Exact tokens that there is room for: a sink and a page."""
 
@@ -118,11 +121,17 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
     # Of one program of the main kernel, and what falls to it of the others.
     codes = [code(turn_queries, 1), code(exact_splits, 4), code(merge_splits, 4)]
     turn, exact, merge = codes
-    total = pages * issued(turn, {}) + issued(exact, {}) * tiles / splits
+    turned = TURN_PAGES.value
+    total = pages / turned * issued(turn, {"0": turned}) + issued(exact, {}) * tiles / splits
     merged = -(-(splits + tiles) // SPLIT_TILE.value)
     total += issued(merge, {"0": merged}) * G / splits
     if shape.fast:
         codes.append(code(decode_pages, main.warps))
+        if codes[-1].shared_tiles != SHARED_TILES:
+            raise ValueError(
+                f"decode_pages has {codes[-1].shared_tiles} in shared memory, expected its scores "
+                f"and weights, {SHARED_TILES}: keys and values stay in registers"
+            )
         inner = [loop.name for loop in codes[-1].nest.loops if loop.name != "0"]
         total += issued(codes[-1], {"0": pages, **dict.fromkeys(inner, shape.key_bits)})
     else:

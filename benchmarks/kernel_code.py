@@ -166,7 +166,8 @@ class KernelCode:
     accumulation registers. ``stack_bytes`` is the memory of a thread outside registers: spilled
     ones, and whatever else the compiler keeps there. AMD also says how many registers were spilled
     (vector and scalar ones, which may have gone to other registers); NVIDIA does not: None.
-    ``shared_bytes`` is the shared memory of a program as Triton asks for it at launch.
+    ``shared_bytes`` is the shared memory of a program as Triton asks for it at launch, and
+    ``shared_tiles`` what it allocates there by name, as ``4x64x8xf32``, sorted.
     """
 
     kernel: str
@@ -176,6 +177,7 @@ class KernelCode:
     spilled_registers: int | None
     stack_bytes: int
     shared_bytes: int
+    shared_tiles: tuple[str, ...]
     nest: LoopNest
     assembly: str
 
@@ -203,10 +205,19 @@ def read_code(compiled: CompiledKernel) -> KernelCode:
         target=target,
         threads=metadata.num_warps * target.warp_size,
         shared_bytes=metadata.shared,
+        shared_tiles=shared_tiles(compiled.asm["ttgir"]),
         nest=loop_nest(listing),
         assembly=assembly,
         **usage,
     )
+
+
+def shared_tiles(ttgir: str) -> tuple[str, ...]:
+    """Tiles that a kernel allocates in shared memory, from its intermediate form."""
+    found = re.findall(r"ttg\.local_alloc\b.*-> !ttg\.memdesc<([0-9a-z]+),", ttgir)
+    if len(found) != len(re.findall(r"= ttg\.local_alloc\b", ttgir)):
+        raise ValueError("An allocation in shared memory is not understood")
+    return tuple(sorted(found))
 
 
 def sass_usage(text: str, kernel: str) -> dict[str, Any]:

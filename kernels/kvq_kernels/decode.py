@@ -26,7 +26,7 @@ from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.decode_exact import EXACT_TILE, exact_splits
 from kvq_kernels.decode_merge import merge_splits
 from kvq_kernels.decode_outliers import key_outlier_scores, value_outlier_sums
-from kvq_kernels.decode_queries import turn_queries
+from kvq_kernels.decode_queries import TURN_PAGES, turn_queries
 from kvq_kernels.decode_splits import decode_splits
 from kvq_kernels.kernel_tables import KernelTables, channel_tiles
 from kvq_kernels.launch import (
@@ -174,7 +174,7 @@ def decode(
 
     with current(device):
         if max_pages:
-            launch(turn_queries, max_pages, H, B, num_warps=1)
+            launch(turn_queries, triton.cdiv(max_pages, TURN_PAGES.value), H, B, num_warps=1)
         if key_outliers and max_pages:
             how = {"CAPACITY": key_pool, "residual_step": tables.parameters.key.outlier_step}
             launch(key_outlier_scores, max_pages, H, B, num_warps=1, **how)
@@ -230,9 +230,9 @@ def scratch_bytes(
         outliers: whether keys or values have any.
         device: decides how many programs share a row.
 
-    Counted: queries of each page, f16, once or twice, and a number a head; of each split an output and two numbers
-    a query head, f32; with outliers a weight in f16 for each token and query head, and in f32 a
-    number for each page and query head, and one for each page and head.
+    Counted: queries of each page, f16, once or twice, and a number a head; of each split an output
+    and two numbers a query head, f32; with outliers a weight in f16 for each token and query head,
+    and in f32 a number for each page and query head, and one for each page and head.
     """
     heads, rows = batch * num_heads, batch * num_kv_heads
     group_size = num_heads // num_kv_heads

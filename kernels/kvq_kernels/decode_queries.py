@@ -7,11 +7,16 @@ With the query turned back, keys of a page need to be turned by their place in i
 
 from __future__ import annotations
 
+from typing import Final
+
 import triton
 import triton.language as tl
 
 from kvq_kernels.page_entries import PAGE_IDS
 from kvq_kernels.phases import cos_sin
+
+TURN_PAGES: Final = tl.constexpr(8)
+"""Pages of a program: what is the same for all of them is done once."""
 
 
 @triton.jit
@@ -68,7 +73,7 @@ def turn_queries(
     BY_CHANNEL: tl.constexpr,
     BY_HEAD: tl.constexpr,
 ):
-    """Program ``(page of the row, h, b)``.
+    """Program ``(TURN_PAGES pages of the row, h, b)``.
 
     Writes queries divided by their largest number so that f16 holds them, and that number,
     ``sizes`` f32 ``[B, H, GROUP_WIDTH]``. The width is G, rounded up to a power of two; heads
@@ -76,8 +81,10 @@ def turn_queries(
     ``page_queries`` ``[B, H, max_pages, GROUP_WIDTH, D]`` or to both, as kernels need them. With
     IRREGULAR they are not turned.
     """
-    index, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if index < tl.load(lengths + batch * 3):
+    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = part * TURN_PAGES
+    pages = tl.minimum(start + TURN_PAGES, tl.load(lengths + batch * 3))
+    if start < pages:
         row = batch * H + head
         query += row * G * D
         group_head = tl.arange(0, GROUP_WIDTH)
@@ -85,40 +92,46 @@ def turn_queries(
         largest = tl.zeros([GROUP_WIDTH], tl.float32)
         first = tl.zeros([GROUP_WIDTH, HALF_TILE], tl.float32)
         second = tl.zeros([GROUP_WIDTH, HALF_TILE], tl.float32)
+        pair = tl.arange(0, HALF_TILE)
         if HALF > 0:
             first = _query(query, 0, HALF, HALF_TILE, valid, D)
             second = _query(query, HALF, HALF, HALF_TILE, valid, D)
             largest = tl.max(tl.maximum(tl.abs(first), tl.abs(second)), axis=1)
+            pair = tl.minimum(pair, HALF - 1)
         rest = tl.zeros([GROUP_WIDTH, 16], tl.float32)
         if REST_TILE > 0:
             rest = _query(query, 2 * HALF, D - 2 * HALF, REST_TILE, valid, D)
             largest = tl.maximum(largest, tl.max(tl.abs(rest), axis=1))
         largest = tl.where(largest > 0, largest, 1.0)
-        if index == 0:
+        if part == 0:
             tl.store(sizes + row * GROUP_WIDTH + group_head, largest)
-        turned += (row.to(tl.int64) * max_pages + index) * (D * GROUP_WIDTH)
-        page_queries += (row.to(tl.int64) * max_pages + index) * (D * GROUP_WIDTH)
-        if HALF > 0:
-            first /= largest[:, None]
-            second /= largest[:, None]
-            if not IRREGULAR:
-                page = (tl.load(block_table + batch * table_width + index) & PAGE_IDS).to(tl.int64)
-                pair = tl.minimum(tl.arange(0, HALF_TILE), HALF - 1)
-                high, low = tl.load(phase_high + pair), tl.load(phase_low + pair)
-                base = tl.full([HALF_TILE], tl.load(base_positions + page), tl.int32)
-                cos, sin = cos_sin(base, high, low)
-                cos, sin = cos[None, :], sin[None, :]
-                first, second = first * cos + second * sin, second * cos - first * sin
-            if BY_CHANNEL:
-                _keep(turned, first, 0, HALF, HALF_TILE, GROUP_WIDTH, 1)
-                _keep(turned, second, HALF, HALF, HALF_TILE, GROUP_WIDTH, 1)
-            if BY_HEAD:
-                _keep(page_queries, first, 0, HALF, HALF_TILE, 1, D)
-                _keep(page_queries, second, HALF, HALF, HALF_TILE, 1, D)
-        if REST_TILE > 0:
-            rest /= largest[:, None]
-            FIRST: tl.constexpr = 2 * HALF
-            if BY_CHANNEL:
-                _keep(turned, rest, FIRST, D - FIRST, REST_TILE, GROUP_WIDTH, 1)
-            if BY_HEAD:
-                _keep(page_queries, rest, FIRST, D - FIRST, REST_TILE, 1, D)
+        first /= largest[:, None]
+        second /= largest[:, None]
+        rest /= largest[:, None]
+        high, low = tl.load(phase_high + pair), tl.load(phase_low + pair)
+        FIRST: tl.constexpr = 2 * HALF
+        for index in range(start, pages):
+            place = (row.to(tl.int64) * max_pages + index) * (D * GROUP_WIDTH)
+            if HALF > 0:
+                if IRREGULAR:
+                    turned_first, turned_second = first, second
+                else:
+                    page = tl.load(block_table + batch * table_width + index) & PAGE_IDS
+                    base = tl.load(base_positions + page.to(tl.int64))
+                    cos, sin = cos_sin(tl.full([HALF_TILE], base, tl.int32), high, low)
+                    cos, sin = cos[None, :], sin[None, :]
+                    turned_first = first * cos + second * sin
+                    turned_second = second * cos - first * sin
+                if BY_CHANNEL:
+                    own = turned + place
+                    _keep(own, turned_first, 0, HALF, HALF_TILE, GROUP_WIDTH, 1)
+                    _keep(own, turned_second, HALF, HALF, HALF_TILE, GROUP_WIDTH, 1)
+                if BY_HEAD:
+                    own = page_queries + place
+                    _keep(own, turned_first, 0, HALF, HALF_TILE, 1, D)
+                    _keep(own, turned_second, HALF, HALF, HALF_TILE, 1, D)
+            if REST_TILE > 0:
+                if BY_CHANNEL:
+                    _keep(turned + place, rest, FIRST, D - FIRST, REST_TILE, GROUP_WIDTH, 1)
+                if BY_HEAD:
+                    _keep(page_queries + place, rest, FIRST, D - FIRST, REST_TILE, 1, D)

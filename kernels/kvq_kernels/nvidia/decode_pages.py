@@ -108,9 +108,9 @@ def decode_pages(
 ):
     """Program ``(split of pages, h, b)``; splits of exact tokens come before those of pages.
 
-    ``key_scale``, ``key_zero``, ``offset_cos``, ``offset_sin`` and ``scales`` are f16, ``key_words``
-    and ``value_words`` i16, all read as i32. ``page_queries`` is f16
-    ``[B, H, max_pages, GROUP_WIDTH, D]``; lookups are ``tables.NvidiaTables``.
+    Words, and f16 ``key_scale``, ``key_zero``, ``offset_cos``, ``offset_sin`` and ``scales``, are
+    read as i32. ``page_queries`` is f16 ``[B, H, max_pages, GROUP_WIDTH, D]``; lookups are those of
+    ``tables.LookupTables``.
     """
     HALF: gl.constexpr = D // 2
     CHUNKS: gl.constexpr = D // (4 * CHUNK)

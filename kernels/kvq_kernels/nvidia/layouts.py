@@ -1,9 +1,9 @@
 """Where numbers lie among the 32 lanes of a warp: one program is one warp.
 
 A matrix instruction multiplies 16 rows by 16 columns (A, keys or values) with 16 rows by 8 columns
-(B, queries or weights). Lane ``4 g + t`` holds of A rows g and g + 8, columns 2 t, 2 t + 1, 2 t + 8,
-2 t + 9 (PTX ISA, mma.m16n8k16). Which channel or token a row or column *is* may be chosen, as long
-as both factors agree. It is chosen so that what a lane needs lies side by side in memory:
+(B, queries or weights). Lane ``4 g + t`` holds of A rows g and g + 8, columns ``2 t``, ``2 t + 1``,
+``2 t + 8`` and ``2 t + 9`` (PTX ISA, mma.m16n8k16). Which channel or token a row or column *is* may
+be chosen, as long as both factors agree: so that what a lane needs lies side by side in memory.
 
 * columns of keys: lane t of every k-step has the channels of a quarter of the half, in order;
 * columns of values: lane t has tokens 4 t to 4 t + 3 of a subset, so row r of a tile of scores or

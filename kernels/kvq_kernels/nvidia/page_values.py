@@ -54,9 +54,6 @@ def weighted_values(words, table, weights, D: gl.constexpr, BITS: gl.constexpr):
         sums = _add_group(sums, first, table, weights, 0, 0, BITS)
         sums = _add_group(sums, second, table, weights, 4, 0, BITS)
         sums = _add_group(sums, third, table, weights, 8, 0, BITS)
-        if BITS == 3:
-            fourth = spare_words(first, second, third)
-        else:
-            fourth = gl.load(words + 3 * PLANE)
+        fourth = spare_words(first, second, third) if BITS == 3 else gl.load(words + 3 * PLANE)
         sums = _add_group(sums, fourth, table, weights, 12, 0, BITS)
     return sums

@@ -42,7 +42,7 @@ def cvt(operands: Operands) -> Step:
     if to in _INTEGERS and of in _INTEGERS:
         if rounding:
             raise operands.refuse("rounding")
-        return _step(operands, _between_integers(operands, to, of), None, None, to, of)
+        return _step(operands, _between_integers(to), None, None, to, of)
     if to in _INTEGERS:
         return _step(operands, _to_integer(operands, to, of, rounding, ftz), None, BITS[of], to)
     if of in _INTEGERS:
@@ -88,7 +88,7 @@ def _step(
     )
 
 
-def _between_integers(operands: Operands, to: str, of: str) -> Function:
+def _between_integers(to: str) -> Function:
     dtype = _dtype(to)
     return lambda x: x.astype(dtype)
 

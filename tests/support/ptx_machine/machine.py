@@ -56,7 +56,7 @@ def run(
         order: of CTAs, of warps between barriers, and of threads that store to one place.
         names: of the arguments, for messages.
         read_only: tensors that must not be stored to.
-        limit: blocks that a warp may run, so that a loop without an end is found.
+        limit: blocks that a warp may run between barriers, so that a loop without an end is found.
 
     Returns: how many instructions warps issued, by opcode.
 
