@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvq_formats.sidecar import Sidecar as Sidecar
     from kvq_runtime.attach import attach as attach
     from kvq_runtime.cache import PackedCache as PackedCache
+    from kvq_runtime.captured_decode import CapturedDecode as CapturedDecode
     from kvq_runtime.embedded import embedded_model_path as embedded_model_path
     from kvq_runtime.memory import MemoryPlan as MemoryPlan
     from kvq_runtime.memory import plan_memory as plan_memory
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _HOMES = {
+    "CapturedDecode": ("kvq_runtime.captured_decode", "CapturedDecode"),
     "KVQConfig": ("kvq_formats.config", "KVQConfig"),
     "KVQError": ("kvq_formats.errors", "KVQError"),
     "MemoryPlan": ("kvq_runtime.memory", "MemoryPlan"),
@@ -45,6 +47,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CapturedDecode",
     "KVQConfig",
     "KVQError",
     "MemoryPlan",

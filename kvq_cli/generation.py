@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvq_cli.decode_graph import DecodeGraph, decode_graph
 from kvq_cli.output import Output
 from kvq_cli.peak_memory import peak_memory_json
 from kvq_cli.sizes import show_bytes
@@ -119,6 +120,7 @@ class Run:
         implementation, requested: of attention, and what the user asked for; None by device.
         prefill_chunk: tokens of the prompt a forward; None for ``--exact-prefill``.
         sampling: how tokens are chosen.
+        cuda_graph: whether to decode from one; None where it can be.
     """
 
     loaded: LoadedModel
@@ -131,6 +133,7 @@ class Run:
     requested: Literal["reference", "triton"] | None
     prefill_chunk: int | None
     sampling: Sampling
+    cuda_graph: bool | None
 
     @property
     def rule(self) -> Literal["runtime", "exact-prefill"]:
@@ -149,27 +152,30 @@ class Run:
         model = self.loaded.model
         with attach(model, self.sidecar, rule=self.rule, impl=self.requested):
             cache = PackedCache(model, self.sidecar, capacity=self.room.capacity)
-            try:
-                generation = stream_text(
-                    output,
-                    self.loaded,
-                    input_ids,
-                    cache,
-                    new_tokens=self.room.new_tokens,
-                    prefill_chunk=self.prefill_chunk,
-                    sampling=self.sampling,
-                )
-            except GenerationInterrupted as interrupted:
-                self._report(output, interrupted.generation, cache)
-                raise
-            self._report(output, generation, cache)
+            with decode_graph(output, model, cache, wanted=self.cuda_graph) as graph:
+                try:
+                    generation = stream_text(
+                        output,
+                        self.loaded,
+                        input_ids,
+                        cache,
+                        new_tokens=self.room.new_tokens,
+                        prefill_chunk=self.prefill_chunk,
+                        sampling=self.sampling,
+                    )
+                except GenerationInterrupted as interrupted:
+                    self._report(output, interrupted.generation, cache, graph)
+                    raise
+                self._report(output, generation, cache, graph)
 
-    def _report(self, output: Output, generation: Generation, cache: PackedCache) -> None:
+    def _report(
+        self, output: Output, generation: Generation, cache: PackedCache, graph: DecodeGraph
+    ) -> None:
         holding = Holding.of(cache)
         if generation.text and not generation.text.endswith("\n"):
             output.stream("\n")
         if output.as_json:
-            output.result(self._json(generation, holding))
+            output.result(self._json(generation, holding, graph))
         if self.rule == "exact-prefill":
             output.note("made with --exact-prefill: the prompt read itself unquantized")
         rate = generation.tokens_per_second
@@ -177,6 +183,7 @@ class Run:
             f"{generation.prompt_tokens:,} tokens read in {generation.prefill_seconds:.1f} s, "
             f"{len(generation.token_ids):,} generated"
             + (f" at {rate:.1f} a second" if rate is not None else "")
+            + (", from a CUDA graph" if graph.to_json()["replays"] else "")
             + f" (wall clock); ended by: {self._finish_reason(generation)}"
         )
         output.note(holding.sentence())
@@ -185,7 +192,7 @@ class Run:
         at_context = generation.finish_reason == "length" and self.room.cut
         return "context" if at_context else generation.finish_reason
 
-    def _json(self, generation: Generation, holding: Holding) -> dict[str, Any]:
+    def _json(self, generation: Generation, holding: Holding, graph: DecodeGraph) -> dict[str, Any]:
         from importlib.metadata import version
 
         rate = generation.tokens_per_second
@@ -205,6 +212,7 @@ class Run:
             **holding.to_json(),
             "plan": self.plan.to_json(),
             "implementation": asdict(self.implementation),
+            "cuda_graph": graph.to_json(),
             "device": str(self.loaded.model.device),
             "rule": self.rule,
             "max_new_tokens": self.room.new_tokens,

@@ -70,6 +70,15 @@ def generate(
             "--impl", panel=QUANTIZATION, help="Attention over packed pages; auto: by the device."
         ),
     ] = "auto",
+    cuda_graph: Annotated[
+        bool | None,
+        option(
+            "--cuda-graph/--no-cuda-graph",
+            panel=QUANTIZATION,
+            help="Capture the step of a token once and replay it, or refuse to run.",
+            default="on a GPU, where the model allows it",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         option(
@@ -196,6 +205,7 @@ def generate(
 
     from kvq_formats.fingerprint import check
     from kvq_formats.sidecar import Sidecar
+    from kvq_runtime.capturable import check_cuda
     from kvq_runtime.generate import PREFILL_CHUNK, encode_prompt
     from kvq_runtime.implementation import choose_implementation
     from kvq_runtime.memory import plan_memory
@@ -223,6 +233,8 @@ def generate(
     place = target_device(device_map)
     requested = None if impl == "auto" else impl
     implementation = choose_implementation(first_device(place), requested)
+    if cuda_graph:
+        check_cuda(first_device(place))
     input_ids = encode_prompt(
         load_tokenizer(resolved), given.text, apply_chat_template=apply_chat_template
     )
@@ -259,6 +271,7 @@ def generate(
         requested=requested,
         prefill_chunk=None if exact_prefill else chunk,
         sampling=sampling,
+        cuda_graph=cuda_graph,
     )
     run.generate(output, input_ids)
     following = ["kvq", "eval", *([name] if name else []), "--sidecar", named, "--path", "decode"]

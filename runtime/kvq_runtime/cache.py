@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 
 from kvq_formats.errors import ConfigError, KVQError
 from kvq_formats.sidecar import Sidecar
+from kvq_runtime.decode_step import StepForward
 from kvq_runtime.layer import PackedLayer
 from kvq_runtime.page_codec import (
     PageCodec,
@@ -33,7 +34,12 @@ class PackedCache(Cache):
     Belongs to one model and sidecar, and is used inside ``kvq.attach``, which makes one by itself
     where none is passed. Several turns, ``crop``, beams and the other operations of caches work;
     padding takes no room.
+
+    Fields:
+        step: the forward of the captured step that runs now; None in every other forward.
     """
+
+    step: StepForward | None = None
 
     def __init__(
         self,
@@ -173,7 +179,7 @@ def adopt(cache: Cache | None, model: PreTrainedModel, codecs: Mapping[int, Page
         cache = DynamicCache()
     if type(cache) is PackedCache:
         _check_codecs(cache, codecs)
-        _check_whole(cache)
+        check_whole(cache)
         return cache
     if type(cache) is not DynamicCache or cache.offloading:
         offloading = " with offloading" if getattr(cache, "offloading", False) else ""
@@ -227,7 +233,7 @@ def _same(given: PageCodec | None, wanted: PageCodec | None) -> bool:
     )
 
 
-def _check_whole(cache: Cache) -> None:
+def check_whole(cache: Cache) -> None:
     """Refuse a cache that a failed forward left in the middle."""
     slots = {layer.get_seq_length() for layer in cache.layers}
     if any(layer.torn for layer in packed_layers(cache)):

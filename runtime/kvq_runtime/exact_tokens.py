@@ -80,9 +80,28 @@ class ExactBuffers:
             shared = stored.untyped_storage().data_ptr() == written.untyped_storage().data_ptr()
             stored.copy_(written.clone() if shared else written)
 
+    def put(self, places: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Put one token of each row where ``places``, i64 ``[B]``, says on the device.
+
+        Keys and values are ``[B, H, 1, D]``, positions i32 ``[B, 1]``.
+        """
+        index = places[:, None, None, None].expand_as(keys)
+        self.keys.scatter_(2, index, keys.to(self.keys.dtype))
+        self.values.scatter_(2, index, values.to(self.values.dtype))
+        self.positions.scatter_(1, places[:, None], positions)
+
     def select(self, order: Tensor) -> None:
-        """Row ``i`` becomes what row ``order[i]`` was."""
-        with lasting_tensors():
-            self.keys = self.keys.index_select(0, order)
-            self.values = self.values.index_select(0, order)
-            self.positions = self.positions.index_select(0, order)
+        """Row ``i`` becomes what row ``order[i]`` was; as many rows stay where they lie."""
+        self.keys = reordered(self.keys, order)
+        self.values = reordered(self.values, order)
+        self.positions = reordered(self.positions, order)
+
+
+def reordered(rows: Tensor, order: Tensor) -> Tensor:
+    """Line ``i`` becomes what line ``order[i]`` was: in place, unless their number changes.
+
+    What a step was captured with keeps its address.
+    """
+    with lasting_tensors():
+        chosen = rows.index_select(0, order)
+        return rows.copy_(chosen) if len(chosen) == len(rows) else chosen

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from torch import Tensor
 
 from kvq_formats.errors import KVQError, UnsupportedModelError
 from kvq_runtime.implementation import ImplementationName
+from kvq_runtime.position_runs import runs_of
 from kvq_runtime.rows import Row
+
+if TYPE_CHECKING:
+    from kvq_runtime.rotary_layout import LayerRotary
 
 Rule = Literal["runtime", "exact-prefill"]
 
@@ -25,6 +29,8 @@ class Forward:
         runs: the same as spans ``(start, stop)``.
         positions: i32 ``[B, T]``.
         impl: what packs pages and attends over them.
+        host_positions: the same, ``[B or 1, T]`` on the CPU, where they were read already; None
+            reads them when somebody asks.
         active: whether the attachment that it belongs to is still open.
     """
 
@@ -32,8 +38,13 @@ class Forward:
     runs: Sequence[Sequence[tuple[int, int]]]
     positions: Tensor
     impl: ImplementationName = "reference"
+    host_positions: Tensor | None = field(default=None, repr=False)
     active: bool = True
     _expected: Tensor | None = field(default=None, repr=False)
+    _runs: list[list[tuple[int, int]]] = field(default_factory=list, repr=False)
+    _cos_sin: dict[tuple[LayerRotary, torch.device], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False
+    )
     _elsewhere: dict[torch.device, Forward] = field(default_factory=dict, repr=False)
     _lengths: dict[tuple[torch.device, tuple[tuple[int, ...], ...]], Tensor] = field(
         default_factory=dict, repr=False
@@ -42,8 +53,10 @@ class Forward:
     @classmethod
     def consecutive(cls, first: int, B: int, T: int, *, device: torch.device) -> Self:
         """All T tokens of B rows attended, at positions ``first``, ``first + 1``, ..."""
-        positions = torch.arange(first, first + T, dtype=torch.int32, device=device)
-        return cls([None] * B, [[(0, T)] if T else []] * B, positions.expand(B, T))
+        on_host = torch.arange(first, first + T, dtype=torch.int32)
+        positions = on_host.to(device).expand(B, T)
+        runs = [[(0, T)] if T else []] * B
+        return cls([None] * B, runs, positions, host_positions=on_host[None])
 
     def on(self, device: torch.device) -> Forward:
         """The same with its tensors on ``device``, for layers that lie elsewhere."""
@@ -52,9 +65,33 @@ class Forward:
         if device not in self._elsewhere:
             attended = [None if row is None else row.to(device) for row in self.attended]
             self._elsewhere[device] = Forward(
-                attended, self.runs, self.positions.to(device), self.impl
+                attended, self.runs, self.positions.to(device), self.impl, self.host_positions
             )
         return self._elsewhere[device]
+
+    def position_runs(self, place: int) -> list[tuple[int, int]]:
+        """``runs_of`` the positions of a row's attended tokens."""
+        if not self._runs:
+            if self.host_positions is None:
+                self.host_positions = self.positions.cpu()
+            B, T = len(self.attended), self.positions.shape[-1]
+            for positions, runs in zip(self.host_positions.expand(B, T), self.runs, strict=True):
+                fed = [positions[start:stop] for start, stop in runs]
+                self._runs.append(runs_of(torch.cat(fed)) if fed else [])
+        return self._runs[place]
+
+    def cos_sin(self, rotary: LayerRotary, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions, f32 ``[B, T, R / 2]``.
+
+        Those of one token are made once for all layers: a dozen small launches each; those of
+        a prompt by each layer, for they would take memory all the time.
+        """
+        found = self._cos_sin.get((rotary, device))
+        if found is None:
+            found = rotary.angles().cos_sin(self.positions.to(device))
+            if self.positions.shape[-1] == 1:
+                self._cos_sin[rotary, device] = found
+        return found
 
     def lengths(self, rows: Sequence[Row], device: torch.device) -> Tensor:
         """Pages, sinks and tail of each row, i32 ``[B, 3]``; uploaded once, as layers are alike."""
@@ -85,7 +122,7 @@ class Forward:
 
 
 def spans(attended: Tensor) -> list[tuple[int, int]]:
-    """Spans ``(start, stop)`` of True in bool ``[T]``."""
+    """Spans ``(start, stop)`` of True in bool ``[T]``; on the CPU nothing is waited for."""
     edges = torch.nn.functional.pad(attended.to("cpu", torch.int8), (1, 1)).diff().nonzero()[:, 0]
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 

@@ -14,10 +14,12 @@ from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import CacheFullError, KVQError
 from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.packed_rows import table_entry
-from kvq_runtime.exact_tokens import ExactBuffers, Tokens
+from kvq_runtime.decode_step import StepForward
+from kvq_runtime.exact_tokens import ExactBuffers, Tokens, reordered
 from kvq_runtime.forward import Forward, Rule
 from kvq_runtime.implementation import ImplementationName
 from kvq_runtime.layer_attention import Reading, attend_rows
+from kvq_runtime.layer_step import put_token
 from kvq_runtime.modes import lasting_tensors, plain_arithmetic
 from kvq_runtime.page_codec import PageCodec
 from kvq_runtime.page_pool import PagePool
@@ -91,7 +93,10 @@ class PackedLayer(CacheLayerMixin):
                 hint="run the model inside `with kvq.attach(model, sidecar):`",
             )
         self.forward.check_key(key_states)
-        self.append(key_states, value_states, forward=self.forward)
+        if isinstance(self.forward, StepForward):
+            put_token(self, key_states, value_states, self.forward)
+        else:
+            self.append(key_states, value_states, forward=self.forward)
         shape = (*key_states.shape[:2], self.slots, key_states.shape[-1])
         return PackedStates(self, shape, key_states), PackedStates(self, shape, value_states)
 
@@ -215,12 +220,7 @@ class PackedLayer(CacheLayerMixin):
         """
         B, _, T, _ = key_states.shape
         self._make_room(B, key_states)
-        if self.capacity is not None and self.slots + T > self.capacity:
-            raise CacheFullError(
-                f"the cache has room for {self.capacity:,} tokens a row; {self.slots:,} are used "
-                f"and {T:,} more came.",
-                hint="a larger capacity (--context), or a new cache",
-            )
+        self.check_room(T)
         if forward is None:
             forward = Forward.consecutive(self.slots, B, T, device=self.device)
         forward = forward.on(self.device)
@@ -237,6 +237,15 @@ class PackedLayer(CacheLayerMixin):
             ]
         self.slots += T
         self.torn = False
+
+    def check_room(self, T: int) -> None:
+        """Raise CacheFullError if T more slots are too many."""
+        if self.capacity is not None and self.slots + T > self.capacity:
+            raise CacheFullError(
+                f"the cache has room for {self.capacity:,} tokens a row; {self.slots:,} are used "
+                f"and {T:,} more came.",
+                hint="a larger capacity (--context), or a new cache",
+            )
 
     def _make_room(self, B: int, like: Tensor) -> None:
         """Allocate for B rows where nothing is held yet; refuse another number where it is."""
@@ -274,9 +283,10 @@ class PackedLayer(CacheLayerMixin):
         for start, stop in forward.runs[place]:
             row.attend(self.slots + start, self.slots + stop)
         S, new, index = self.codec.sink_tokens, fed.length, row.tokens
+        row.positions.extend(index, forward.position_runs(place))
         if new == 1 and row.tail == self.window:
             # The one query that comes reads this page from its codes already.
-            self._pack(place, self.exact.read(place, S, S + row.tail), 1)
+            self.pack_first(place)
         held = len(row.pages)
         # Sinks fill the first places, and only when they are full does the tail begin.
         used = row.sinks + row.tail
@@ -295,6 +305,11 @@ class PackedLayer(CacheLayerMixin):
         self._pack(place, exact.at(slice(S, None)), complete)
         return reading
 
+    def pack_first(self, place: int) -> None:
+        """Pack the first page of a row's tail."""
+        S = self.codec.sink_tokens
+        self._pack(place, self.exact.read(place, S, S + self.rows[place].tail), 1)
+
     def _pack(self, place: int, tail: Tokens, count: int) -> None:
         """Pack the first ``count`` pages of a row's tail; what is left becomes the tail."""
         row = self.rows[place]
@@ -307,7 +322,9 @@ class PackedLayer(CacheLayerMixin):
         for first in range(0, count, step):
             some = pages[first : first + step]
             span = slice(first * PAGE_TOKENS, (first + len(some)) * PAGE_TOKENS)
-            self.pool.write(some, *tail.at(span), impl=self.impl)
+            starts = range(row.tail_start + span.start, row.tail_start + span.stop, PAGE_TOKENS)
+            regular = [row.positions.are_consecutive(start, PAGE_TOKENS) for start in starts]
+            self.pool.write(some, *tail.at(span), regular=regular, impl=self.impl)
         old = len(row.pages)
         row.tail -= count * PAGE_TOKENS
         row.add_pages(pages)
@@ -333,9 +350,12 @@ class PackedLayer(CacheLayerMixin):
             table_entry(page, length)
             for page, length in zip(row.pages[first:], row.lengths[first:], strict=True)
         ]
-        self.block_table[place, first:count] = torch.tensor(
-            entries, dtype=torch.int32, device=self.device
-        )
+        if len(entries) == 1:
+            # A number is part of the launch: nothing is uploaded, and so nothing waited for.
+            self.block_table[place, first].fill_(entries[0])
+            return
+        written = torch.tensor(entries, dtype=torch.int32)
+        self.block_table[place, first:count].copy_(written, non_blocking=True)
 
     def _drop_rows(self, rows: Iterable[Row]) -> None:
         for row in rows:
@@ -351,7 +371,6 @@ class PackedLayer(CacheLayerMixin):
         self.rows = chosen
         order = torch.tensor(indices, dtype=torch.int64, device=self.device)
         self.exact.select(order)
-        with lasting_tensors():
-            self.block_table = self.block_table.index_select(0, order)
+        self.block_table = reordered(self.block_table, order)
         self.batch_size = len(chosen)
         self.end_reading()

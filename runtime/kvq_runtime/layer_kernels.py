@@ -14,6 +14,7 @@ from kvq_kernels.pack import KeyPacker, ValuePacker
 from kvq_kernels.packed_rows import PAGE_ID_MASK, PackedRows
 from kvq_kernels.phases import phases_of
 from kvq_kernels.workspace import Workspace
+from kvq_runtime.decode_step import StepForward
 
 if TYPE_CHECKING:
     import torch
@@ -50,13 +51,14 @@ class LayerKernels:
         self, query: Tensor, layer: PackedLayer, angles: RotaryAngles, options: AttentionOptions
     ) -> Tensor:
         """Attention of one query a row, ``[B, HQ, D]``, over all that the layer holds: f32."""
+        forward = layer.forward
         return decode.decode(
             query,
             packed_rows(layer),
             self.tables,
             phases_of(angles, device=self.device),
             options=options,
-            workspace=self.workspace,
+            workspace=forward.workspace if isinstance(forward, StepForward) else self.workspace,
         )
 
     def prefill(

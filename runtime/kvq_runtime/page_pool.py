@@ -115,6 +115,7 @@ class PagePool:
         values: Tensor,
         positions: Tensor,
         *,
+        regular: Sequence[bool],
         impl: ImplementationName = "reference",
     ) -> None:
         """Encode and store complete pages.
@@ -123,15 +124,14 @@ class PagePool:
             pages: ids, P of them.
             keys, values: ``[H, P * 256, D]``.
             positions: i32 ``[P * 256]``.
+            regular: of each page, whether its positions are consecutive, which the caller knows
+                without waiting for the device.
             impl: of encoding; the bytes are the same.
         """
         key, value = self.codec.encode(keys, values, impl=impl)
         placed = positions.reshape(-1, PAGE_TOKENS)
-        base = placed[:, :1]
-        steps = torch.arange(PAGE_TOKENS, device=placed.device, dtype=placed.dtype)
-        regular = (placed - base == steps).all(-1)
-        key.base_positions.copy_(base[:, 0])
-        for place, is_regular in enumerate(regular.tolist()):
+        key.base_positions.copy_(placed[:, 0])
+        for place, is_regular in enumerate(regular):
             if not is_regular:
                 line = self._irregular_line(pages[place])
                 self.irregular_positions[line] = placed[place]

@@ -306,20 +306,28 @@ def _layers_followed(modules: Collection[nn.Module], number: int) -> Iterator[No
         yield
 
 
+def named_arguments(
+    function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a call by name, those that the function takes with ``**`` among them."""
+    signature = inspect.signature(function)
+    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(parameter.name, {})
+    return named
+
+
 @contextmanager
 def _forwards_followed(decoder: nn.Module, tap: AttentionTap) -> Iterator[None]:
     """Tell the tap of each forward of the decoder, one at a time, and of its positions."""
     turn = Turn(decoder)
-    signature = inspect.signature(decoder.forward)
-    rest = next(
-        (p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "kwargs"
-    )
+    forward = decoder.forward
 
     def enter(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         turn.take()
         # By name, all of them: what wraps a forward looks for its options among the keywords.
-        named = dict(signature.bind_partial(*args, **kwargs).arguments)
-        named |= named.pop(rest, {})
+        named = named_arguments(forward, args, kwargs)
         replaced = tap.on_forward(named)
         return None if replaced is None else ((), {**named, **replaced})
 

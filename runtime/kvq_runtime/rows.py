@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvq_formats.config import PAGE_TOKENS
+from kvq_runtime.position_runs import PositionRuns
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Row:
         lengths: valid tokens of each page; fewer than 256 where the row was cropped into it.
         ends: index in the row of each page's last valid token.
         tail: exact tokens after the last page.
+        positions: of all tokens.
     """
 
     attended: list[tuple[int, int]] = field(default_factory=list)
@@ -30,6 +32,7 @@ class Row:
     lengths: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
     tail: int = 0
+    positions: PositionRuns = field(default_factory=PositionRuns)
 
     @property
     def tail_start(self) -> int:
@@ -50,6 +53,7 @@ class Row:
             lengths=list(self.lengths),
             ends=list(self.ends),
             tail=self.tail,
+            positions=self.positions.copy(),
         )
 
     def attend(self, start: int, stop: int) -> None:
@@ -85,6 +89,7 @@ class Row:
             self.lengths[-1] -= self.ends[-1] - (tokens - 1)
             self.ends[-1] = tokens - 1
         self.sinks = min(self.sinks, tokens)
+        self.positions.crop(tokens)
         return dropped
 
 

@@ -23,6 +23,7 @@ from kvq_formats.errors import KVQError, UnsupportedModelError
 from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.rotary import rotate
 from kvq_runtime.cache import adopt, packed_layers
+from kvq_runtime.decode_step import StepForward
 from kvq_runtime.forward import Forward, Rule, check_positions, spans
 from kvq_runtime.implementation import ImplementationName
 from kvq_runtime.layer import PackedStates
@@ -112,10 +113,12 @@ class RuntimeTap(AttentionTap):
         # Weakly: who drops a cache gets its memory back, and not only at the next forward.
         self.cache, self.shape = weakref.ref(cache), (inputs.shape[0], inputs.shape[1])
         slots = cache.get_seq_length()
-        self.attended = self._attended(arguments.get("attention_mask"), cache)
-        self.forward = None
+        self.forward = self._step_of(cache)
+        if self.forward is None:
+            self.attended = self._attended(arguments.get("attention_mask"), cache)
         self.stock.clear()
-        self.stock_prefill = self.rule == "exact-prefill" and slots == 0
+        is_step = self.forward is not None
+        self.stock_prefill = self.rule == "exact-prefill" and slots == 0 and not is_step
         return {"past_key_values": cache}
 
     def on_output(self, output: Any) -> Any:
@@ -129,6 +132,9 @@ class RuntimeTap(AttentionTap):
 
     def on_positions(self, position_ids: Tensor) -> None:
         """Make the forward known to the layers, which store positions."""
+        if self.forward is not None:
+            # Models with several rotations ask once for each, always for the same positions.
+            return
         B, T = self.shape
         if position_ids.dim() == 3 and bool((position_ids == position_ids[:1]).all()):
             position_ids = position_ids[0]
@@ -137,19 +143,20 @@ class RuntimeTap(AttentionTap):
                 f"positions of shape {list(position_ids.shape)}, expected [{B}, {T}]; positions "
                 "of several axes (images, video) are not supported."
             )
-        if self.forward is not None:
-            # Models with several rotations ask once for each, always for the same positions.
-            return
-        check_positions(position_ids, self.attended)
-        positions = position_ids.to(torch.int32).expand(B, T)
+        # Read once; all that the host has to know of positions it knows from here.
+        on_host = position_ids.cpu()
+        check_positions(on_host, self.attended)
         rows: list[Tensor | None] = [None] * B
         if self.attended is not None:
             rows = [None if row.all() else row for row in self.attended]
         self.forward = Forward(
-            attended=[None if row is None else row.nonzero()[:, 0] for row in rows],
+            attended=[
+                None if row is None else row.nonzero()[:, 0].to(position_ids.device) for row in rows
+            ],
             runs=[[(0, T)] if row is None else spans(row) for row in rows],
-            positions=positions,
+            positions=position_ids.to(torch.int32).expand(B, T),
             impl=self.impl,
+            host_positions=on_host,
         )
         cache = self.cache()
         assert cache is not None
@@ -184,8 +191,7 @@ class RuntimeTap(AttentionTap):
         if self.stock_prefill:
             self.stock[call.layer_idx] = call.rotate(call.query, call.key)
         order = self._order(call.layer_idx, codec, call.key.device)
-        positions = self.forward.positions.to(call.query.device)
-        cos, sin = codec.rotary.angles().cos_sin(positions)
+        cos, sin = self.forward.cos_sin(codec.rotary, call.query.device)
         query = rotate(call.query[..., order], cos[:, None], sin[:, None])
         return query.to(call.query.dtype), self.forward.expect_key(call.key[..., order])
 
@@ -199,6 +205,8 @@ class RuntimeTap(AttentionTap):
                 )
             return call.attend(call.query, call.key, call.value)
         tokens = max((row.tokens for row in states.layer.rows), default=0)
+        if isinstance(self.forward, StepForward):
+            _check_window(call.options, states.layer.get_max_length())
         options = attention_options(call.options, tokens=tokens, head_dim=states.shape[-1])
         if (rotated := self.stock.pop(call.layer_idx, None)) is not None:
             states.layer.end_reading()
@@ -217,8 +225,16 @@ class RuntimeTap(AttentionTap):
             self.orders[layer_idx] = order
         return order
 
+    def _step_of(self, cache: Cache) -> Forward | None:
+        """The forward of a captured step, if this is one: all that it reads is on the device."""
+        step: Forward | None = cache.step
+        if step is not None:
+            for layer in packed_layers(cache):
+                layer.forward = step
+        return step
+
     def _attended(self, mask: Tensor | None, cache: Cache) -> Tensor | None:
-        """Bool ``[B, T]`` of this forward's tokens; None if all are attended.
+        """Bool ``[B, T]`` of this forward's tokens, on the CPU; None if all are attended.
 
         Raises KVQError for masks of another shape, and where padding of earlier forwards changed.
         """
@@ -239,9 +255,9 @@ class RuntimeTap(AttentionTap):
                 f"{slots} tokens in the cache and {T} new ones.",
                 hint="the mask covers the tokens that the cache holds, too",
             )
-        mask = mask.bool()
+        mask = mask.bool().cpu()
         layer = next(packed_layers(cache))
-        if slots and not torch.equal(mask[:, :slots].cpu(), attended_mask(layer.rows, slots)):
+        if slots and not torch.equal(mask[:, :slots], attended_mask(layer.rows, slots)):
             raise KVQError(
                 "attention_mask differs from the one that earlier tokens were cached with; "
                 "padding is not stored and cannot be attended later, nor tokens be hidden.",
@@ -291,6 +307,17 @@ def attention_options(
     )
 
 
+def _check_window(options: Mapping[str, Any], capacity: int) -> None:
+    """Refuse a window that a captured step could outgrow, which nothing would notice."""
+    window = options.get("sliding_window")
+    if window is not None and capacity > window:
+        raise UnsupportedModelError(
+            f"the layer attends to a window of {window} tokens and the cache has room for "
+            f"{capacity}; a captured step does not notice when the window is full.",
+            hint=f"a capacity of at most {window} tokens, or --no-cuda-graph",
+        )
+
+
 def _config_wants_attentions(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, "output_attentions", False))
 
@@ -306,7 +333,17 @@ def attach_pages(
     """Run ``model`` on packed pages of ``codecs``; restored on exit."""
     tap = RuntimeTap(model, codecs, rule=rule, impl=impl)
     with tap_attention(model, tap):
+        _attached[model] = tap
         try:
             yield model
         finally:
+            del _attached[model]
             tap.close()
+
+
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, RuntimeTap] = weakref.WeakKeyDictionary()
+
+
+def attached_tap(model: PreTrainedModel) -> RuntimeTap | None:
+    """The tap of the attachment that is open now; None where there is none."""
+    return _attached.get(model)

@@ -56,7 +56,8 @@ def test_every_part_runs_and_is_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert all("smoke: times mean nothing" in row["note"] for row in rows)
     parts = {row["part"] for row in rows}
     assert parts == {
-        *("facts", "checks", "ceilings", "decode", "decode kernels", "model", "pack", "prefill"),
+        *("facts", "checks", "ceilings", "decode", "decode kernels", "captured", "model", "pack"),
+        "prefill",
     }
     assert not [row for row in rows if row["metric"] == "failed"]
     timed = {(row["part"], row["what"]) for row in rows if row["metric"] == "us" and row["value"]}
@@ -71,7 +72,9 @@ def test_every_part_runs_and_is_written(tmp_path: Path, capsys: pytest.CaptureFi
         ("prefill", "kvq"),
     } <= timed
     compared = [row for row in rows if row["metric"] == "times best bf16"]
-    assert {row["part"] for row in compared} == {"decode", "prefill"}
+    assert {row["part"] for row in compared} == {"decode", "captured", "prefill"}
+    (equal,) = (row for row in rows if row["metric"] == "logits equal eager ones")
+    assert equal["value"] == "1"
     printed = capsys.readouterr().out
     assert "== decode" in printed
     assert str(path) in printed

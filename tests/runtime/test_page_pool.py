@@ -40,7 +40,7 @@ def test_pages_come_back_as_they_were_written_across_slabs(pool: PagePool) -> No
     pages = pool.take(SMALLEST_SLAB) + pool.take(3)
     assert len(pool.slabs) == 2
     keys, values, positions = numbers(len(pages))
-    pool.write(pages, keys, values, positions)
+    pool.write(pages, keys, values, positions, regular=[True] * len(pages))
     found = stored(pool, pages)
     assert torch.equal(found[0], keys)
     assert torch.equal(found[1], values)
@@ -93,7 +93,7 @@ def test_positions_that_jump_are_kept_beside_the_page(pool: PagePool) -> None:
     keys, values, positions = numbers(2)
     positions[300:] += 11
     before = pool.allocated_bytes
-    pool.write(pages, keys, values, positions)
+    pool.write(pages, keys, values, positions, regular=[True, False])
     assert stored(pool, pages)[2].tolist() == [7, -1]
     assert torch.equal(pool.positions_of(pages[1]), positions[256:])
     assert pool.allocated_bytes == before + 4 * 256
@@ -119,7 +119,7 @@ def test_pages_of_a_sidecar(key_bits: int, value_bits: int, outlier_fraction: fl
     taken = pool.take(SMALLEST_SLAB + 2)
     pages = [taken[place] for place in (9, 1, 7, 8)]
     keys, values, positions = numbers(4, seed=3)
-    pool.write(pages, keys, values, positions)
+    pool.write(pages, keys, values, positions, regular=[True] * 4)
     whole_key, whole_value = pool.codec.encode(keys, values)
     for place, page in enumerate(pages):
         ((key, value),) = pool.read([page])

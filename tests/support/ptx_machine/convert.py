@@ -158,7 +158,7 @@ def _between_floats(
     operands: Operands, to: str, of: str, rounding: str | None, ftz: bool
 ) -> Function:
     read = _read(of, ftz)
-    if to == "f32":
+    if to == "f32" and of != "f64":
         if of == "f32" and rounding in _TO_INTEGER:
             cut = _TO_INTEGER[rounding]
             return lambda x: cut(read(x)).view(U32)

@@ -44,6 +44,20 @@ def cp(operands: Operands) -> Step:
     return _copy(operands, to, of, count, more[0] if more else size)
 
 
+@instruction("prefetch")
+def prefetch(operands: Operands) -> Step:
+    """Fetches nothing, but the address must be one that could be loaded from."""
+    operands.one_of("global")
+    operands.one_of("L1", "L2")
+    (address,) = operands.done(1)
+    source = locate(operands, "global", address, 4, store=False)
+
+    def step(warp: Warp, mask: Mask) -> None:
+        source(warp, mask)
+
+    return step
+
+
 def _copy(operands: Operands, to: str, of: str, size: int, taken: str) -> Step:
     """A copy of ``size`` bytes, zeros behind those that are taken."""
     goal = locate(operands, "shared", to, size, store=True)

@@ -66,8 +66,8 @@ def run(
         MachineError: A barrier that not all threads reach, and the like.
     """
     program = load(ptx)
-    if threads % LANES or threads not in (program.kernel.threads or threads, threads):
-        raise ValueError(f"{threads} threads")
+    if threads % LANES:
+        raise ValueError(f"{threads} threads are no whole warps")
     if program.kernel.threads not in (None, threads):
         raise ValueError(f"the kernel is one for {program.kernel.threads} threads, not {threads}")
     grid = (*grid, 1, 1)[:3]

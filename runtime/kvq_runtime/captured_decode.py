@@ -1,0 +1,224 @@
+"""Decode steps that are captured in a CUDA graph once, and replayed for every token.
+
+A step of a model is hundreds of small launches, and the Python that makes them takes several times
+as long as a GPU that reads packed codes. Captured, all of them are one launch. What the step needs
+of the host happens between replays: the token goes in, counts are compared, and once in 256 tokens
+a full page is packed. None of it waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvq_formats.errors import KVQError
+from kvq_runtime.cache import PackedCache, check_whole, packed_layers
+from kvq_runtime.capturable import check_capturable, check_cuda
+from kvq_runtime.cuda_graph import Capture, CaptureError, Recording, capture_cuda_graph
+from kvq_runtime.decode_step import DecodeStep
+from kvq_runtime.layer_step import addresses, count_token, prepare_token
+from kvq_runtime.modes import lasting_tensors
+from kvq_runtime.rope import named_arguments
+from kvq_runtime.runtime_rule import attached_tap
+from kvq_runtime.step_arguments import StepArguments
+
+logger = logging.getLogger(__name__)
+
+
+class CapturedDecode(AbstractContextManager["CapturedDecode"]):
+    """One token a row at a time, on an attached model and a packed cache with a capacity.
+
+    ``step`` is the whole of it. As a context manager it also takes the model's own forwards of one
+    token a row, so that ``model.generate`` replays; every other forward runs as it would without.
+    The first step captures, and so does the first after tensors had to move.
+
+    Fields:
+        captures, replays: steps that were captured, and that were replayed.
+        refused: why forwards run eagerly, where a capture failed and that was allowed.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: PackedCache,
+        *,
+        eager_if_refused: bool = False,
+        capture: Capture | None = None,
+    ) -> None:
+        """Nothing is captured yet.
+
+        Args:
+            model: inside ``kvq.attach`` on Triton kernels; on one GPU.
+            cache: of a capacity, with or without tokens.
+            eager_if_refused: forwards whose capture fails run eagerly, ``refused`` and the log say
+                why; ``step`` fails.
+            capture: what captures; a CUDA graph without.
+
+        Raises KVQError where such a step cannot be captured, and says why.
+        """
+        device = check_capturable(model, cache)
+        if capture is None:
+            check_cuda(device)
+        self.model, self.cache, self.device = model, cache, device
+        self.captures = self.replays = 0
+        self.refused: CaptureError | None = None
+        self._eager_if_refused = eager_if_refused
+        self._capture = capture or capture_cuda_graph
+        self._tap = attached_tap(model)
+        self._layers = list(packed_layers(cache))
+        self._recorded: Recording | None = None
+        self._recorded_for: tuple[object, ...] = ()
+        self._stock: Any = model.forward
+        self._new_rows()
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Feed one token of each row, attended and at the position after its last one.
+
+        Args:
+            token_ids: integers ``[B]`` or ``[B, 1]``, on any device.
+
+        Returns: logits of what comes next, ``[B, V]``; the next step writes over them.
+
+        Raises:
+            CacheFullError: there is no room for another token.
+            CaptureError: the model does what a CUDA graph cannot hold.
+            KVQError: another number of tokens than rows, or the attachment is closed.
+        """
+        if attached_tap(self.model) is not self._tap:
+            raise KVQError(
+                "the attachment that this step was captured in is closed.",
+                hint="a new kvq.CapturedDecode inside `with kvq.attach(...)`",
+            )
+        check_whole(self.cache)
+        first = self._layers[0]
+        self._match_rows()
+        B = len(first.rows)
+        if tuple(token_ids.shape) not in ((B,), (B, 1)):
+            raise KVQError(
+                f"token_ids is {list(token_ids.shape)}; the cache holds {B} rows, and a step takes "
+                "one token of each.",
+                hint=f"token_ids of shape [{B}] or [{B}, 1]",
+            )
+        for layer in self._layers:
+            prepare_token(layer)
+        recorded = self._recording()
+        self._step.follow(first.rows)
+        self._step.token_ids.copy_(token_ids.view(B, 1), non_blocking=True)
+        # Until all layers have counted what the device does, the cache is not whole.
+        first.torn = True
+        recorded.replay()
+        for layer in self._layers:
+            count_token(layer)
+        first.torn = False
+        self._step.followed(first.rows)
+        self.replays += 1
+        logits: Tensor = recorded.result.logits[:, -1]
+        return logits
+
+    def __enter__(self) -> Self:
+        self._before = self.model.__dict__.get("forward")
+        self._stock = self.model.forward
+
+        # With the signature of the stock forward, which generate inspects.
+        @functools.wraps(self._stock)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        # An instance's own forward is what a call of the model finds.
+        self.model.forward = forward
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._before is None:
+            del self.model.forward
+        else:
+            self.model.forward = self._before
+        self._recorded = None
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward: replayed where it goes on by one token a row, else its own."""
+        if self.refused is not None:
+            return self._stock(*args, **kwargs)
+        self._match_rows()
+        ids = self._arguments.token_ids(named_arguments(self._stock, args, kwargs))
+        if ids is None:
+            return self._stock(*args, **kwargs)
+        try:
+            logits = self.step(ids)
+        except CaptureError as refused:
+            if not self._eager_if_refused:
+                raise
+            self.refused = refused
+            logger.warning("decode steps run eagerly: %s", refused.message)
+            return self._stock(*args, **kwargs)
+        assert self._recorded is not None
+        kind: Any = type(self._recorded.result)
+        # A copy: who calls a model keeps what it returned.
+        return kind(logits=logits[:, None].clone(), past_key_values=self.cache)
+
+    def _match_rows(self) -> None:
+        """Start anew where the cache has another number of rows by now."""
+        if len(self._layers[0].rows) != len(self._step.token_ids):
+            self._new_rows()
+
+    def _new_rows(self) -> None:
+        layer = self._layers[0]
+        self._step = DecodeStep(
+            len(layer.rows), sink_tokens=layer.codec.sink_tokens, device=self.device
+        )
+        self._arguments = StepArguments(self.cache, self._step)
+        self._recorded = None
+
+    def _recording(self) -> Recording:
+        """What is replayed; captured anew where something that it knows by address has moved."""
+        now = (
+            torch.is_autocast_enabled(self.device.type),
+            *(address for layer in self._layers for address in addresses(layer)),
+        )
+        if self._recorded is None or self._recorded_for != now:
+            # Its memory is free before the next one is captured.
+            self._recorded = None
+            try:
+                with lasting_tensors():
+                    self._recorded = self._capture(self._run, self._prepare, self.device)
+            except CaptureError:
+                raise
+            except KVQError as refused:
+                raise CaptureError(refused.message, hint=refused.hint) from refused
+            self._recorded_for = now
+            self.captures += 1
+            # Warming up has moved counts on, and has put tokens where the next one goes.
+            self._step.forget()
+        return self._recorded
+
+    def _prepare(self) -> None:
+        self._step.forget()
+        self._step.follow(self._layers[0].rows)
+
+    def _run(self) -> Any:
+        """The step itself: everything in here is captured."""
+        self.cache.step = self._step.begin()
+        try:
+            output = self._stock(
+                input_ids=self._step.token_ids,
+                position_ids=self._step.position_ids,
+                past_key_values=self.cache,
+                use_cache=True,
+                return_dict=True,
+            )
+        finally:
+            self.cache.step = None
+        self._step.end()
+        return output
