@@ -137,3 +137,17 @@ def test_pairs_of_halves_in_order() -> None:
     assert halves.view(np.float16)[:4].tolist() == [0, 1, 1, 0]
     assert (lower[:2].tolist(), upper[:2].tolist()) == ([0, 1], [1, 0])
     assert ones[:2].tolist() == [0xFFFF0000, 0x0000FFFF]
+
+
+def test_f64() -> None:
+    x = np.linspace(-3, 3, 32)
+    body = """cvt.rn.f32.f64 %x, %a; cvt.f64.f32 %y, %x; cvt.rn.f64.s32 %z, %b;
+              add.f64 %u, %a, %y; cvt.rn.f16.f64 %v, %a;"""
+    narrow, back, number, total, half = each(
+        body, x.view(np.uint64), np.arange(32, dtype=np.uint32), results=[32, 64, 64, 64, 16]
+    )
+    assert (narrow.view(np.float32) == x.astype(np.float32)).all()
+    assert (back.view(np.float64) == x.astype(np.float32)).all()
+    assert number.view(np.float64).tolist() == list(range(32))
+    assert (total.view(np.float64) == x + x.astype(np.float32)).all()
+    assert (half.view(np.float16) == x.astype(np.float16)).all()

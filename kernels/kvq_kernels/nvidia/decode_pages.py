@@ -34,6 +34,7 @@ from kvq_kernels.nvidia.layouts import (
 )
 from kvq_kernels.nvidia.page_scores import write_page_scores
 from kvq_kernels.nvidia.page_values import weighted_values
+from kvq_kernels.nvidia.prefetch import prefetch
 from kvq_kernels.page_entries import CUT, PAGE_IDS
 from kvq_kernels.scores import soft_capped
 
@@ -123,6 +124,8 @@ def decode_pages(
     pages = gl.load(lengths + batch * 3)
     each = gl.cdiv(pages, splits)
     start = split * each
+    end = gl.minimum(start + each, pages)
+    last = end - 1
 
     # What all pages share.
     key_row = token_of_row(gl.arange(0, 16, gl.SliceLayout(1, KEY_WORDS)))[:, None]
@@ -173,10 +176,14 @@ def decode_pages(
     mass = gl.zeros([16, HEADS], gl.float32, MMA)
     unit = 1.0
 
-    for index in range(start, gl.minimum(start + each, pages)):
+    for index in range(start, end):
         entry = gl.load(block_table + batch * table_width + index)
         page = (entry & PAGE_IDS).to(gl.int64)
         length = 256 - (entry >> CUT)
+        after = gl.load(block_table + batch * table_width + gl.minimum(index + 1, last))
+        after = ((after & PAGE_IDS).to(gl.int64) * H + head) * (8 * D)
+        prefetch(key_words + after * K_BITS, K_BITS * 8 * D)
+        prefetch(value_words + after * V_BITS, V_BITS * 8 * D)
         own_queries = page_queries + (row * max_pages + index) * (D * GROUP_WIDTH) + query_place
         queries = ()
         for chunk in gl.static_range(CHUNKS):

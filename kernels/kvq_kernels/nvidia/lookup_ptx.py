@@ -83,5 +83,7 @@ FOURTH_BITS_LOW: Final = gl.constexpr("prmt.b32 $0, $1, $2, 0xD9C8;")
 FOURTH_BITS_HIGH: Final = gl.constexpr("prmt.b32 $0, $1, $2, 0xFBEA;")
 """$0: the fourth bits of a half's four nibbles as bytes; $1: words << 4, $2: words."""
 
-MINUS_1024: Final = gl.constexpr("add.rn.f16x2 $0, $1, 0xE400E400;")
+MINUS_1024: Final = gl.constexpr(
+    "{ .reg .b32 minus; mov.b32 minus, 0xE400E400; add.rn.f16x2 $0, $1, minus; }"
+)
 """$0: levels; $1: 1024 + level."""
