@@ -13,6 +13,7 @@ from kvq_kernels.kernel_tables import KernelTables
 from kvq_kernels.pack import KeyPacker, ValuePacker
 from kvq_kernels.packed_rows import PAGE_ID_MASK, PackedRows
 from kvq_kernels.phases import phases_of
+from kvq_kernels.rotate_queries import rotate_queries
 from kvq_kernels.workspace import Workspace
 from kvq_runtime.decode_step import StepForward
 
@@ -46,6 +47,10 @@ class LayerKernels:
     def encode(self, keys: Tensor, values: Tensor) -> tuple[KeyPages, ValuePages]:
         """Pages of ``[H, P * 256, D]``; base positions are not set."""
         return self.keys.pack(keys), self.values.pack(values)
+
+    def rotate(self, query: Tensor, positions: Tensor, angles: RotaryAngles) -> Tensor:
+        """Queries ``[B, HQ, D]`` of one token a row at ``positions``, i32 ``[B]``."""
+        return rotate_queries(query, positions, phases_of(angles, device=self.device))
 
     def decode(
         self, query: Tensor, layer: PackedLayer, angles: RotaryAngles, options: AttentionOptions

@@ -191,9 +191,14 @@ class RuntimeTap(AttentionTap):
         if self.stock_prefill:
             self.stock[call.layer_idx] = call.rotate(call.query, call.key)
         order = self._order(call.layer_idx, codec, call.key.device)
-        cos, sin = self.forward.cos_sin(codec.rotary, call.query.device)
-        query = rotate(call.query[..., order], cos[:, None], sin[:, None])
-        return query.to(call.query.dtype), self.forward.expect_key(call.key[..., order])
+        key = self.forward.expect_key(call.key[..., order])
+        asked = call.query[..., order]
+        if self.impl == "triton" and asked.shape[2] == 1:
+            positions = self.forward.on(asked.device).positions[:, 0]
+            query = codec.kernels.rotate(asked[:, :, 0], positions, codec.rotary.angles())
+            return query[:, :, None], key
+        cos, sin = self.forward.cos_sin(codec.rotary, asked.device)
+        return rotate(asked, cos[:, None], sin[:, None]).to(asked.dtype), key
 
     def on_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Attend over packed pages, or as the model does where a layer is not packed."""
