@@ -12,14 +12,18 @@ from kernel_code import Budget, KernelCode, Measured, Target, instructions_per_e
 from kernel_signatures import PAIRS, code_of
 from triton import next_power_of_2
 
-from kvq_formats.config import PAGE_TOKENS
+from kvq_formats.config import PAGE_TOKENS, KVQConfig
+from kvq_formats.outliers import key_pool_capacity, value_list_capacity
 from kvq_kernels.decode_exact import EXACT_TILE, exact_splits
 from kvq_kernels.decode_merge import SPLIT_TILE, merge_splits
 from kvq_kernels.decode_outliers import key_outlier_scores, value_outlier_sums
 from kvq_kernels.decode_queries import TURN_PAGES, turn_queries
 from kvq_kernels.decode_splits import decode_splits
 from kvq_kernels.launch_table import decode_launch
+from kvq_kernels.nvidia import key_outliers as nvidia_keys
+from kvq_kernels.nvidia import value_outliers as nvidia_values
 from kvq_kernels.nvidia.decode_pages import decode_pages
+from kvq_kernels.nvidia.outlier_scratch import key_scratch, value_warps
 
 RUNS = Path(__file__).resolve().parent / "results" / "outlier-runs.csv"
 PAGES_OF_A_ROW = 512
@@ -122,7 +126,9 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
     codes = [code(turn_queries, 1), code(exact_splits, 4), code(merge_splits, 4)]
     turn, exact, merge = codes
     turned = TURN_PAGES.value
-    total = pages / turned * issued(turn, {"0": turned}) + issued(exact, {}) * tiles / splits
+    total = (
+        pages / turned * issued(turn, _rounds(turn, turned)) + issued(exact, {}) * tiles / splits
+    )
     merged = -(-(splits + tiles) // SPLIT_TILE.value)
     total += issued(merge, {"0": merged}) * G / splits
     if shape.fast:
@@ -137,7 +143,20 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
     else:
         codes.append(code(decode_splits, main.warps, stages=1))
         total += issued(codes[-1], {"0": pages})
-    if shape.outliers:
+    if shape.outliers and shape.fast:
+        config = KVQConfig.create(key_bits=shape.key_bits, value_bits=shape.value_bits)
+        pool = key_pool_capacity(config, D)
+        room = value_list_capacity(config, KV_HEADS, D)
+        width = next_power_of_2(G)
+        scratch = key_scratch(1, KV_HEADS, width, D, pool, max_pages=PAGES_OF_A_ROW, splits=splits)
+        programs = scratch["key_sums"][0][2] / splits
+        warps = value_warps(room)
+        keys = code(nvidia_keys.key_outlier_scores, 1, CAPACITY=pool)
+        values = code(nvidia_values.value_outlier_sums, warps, CAPACITY=room)
+        codes += [keys, values]
+        total += programs * issued(keys, {"0": pages / programs})
+        total += issued(values, {"0": -(-pages // warps)})
+    elif shape.outliers:
         keys = code(key_outlier_scores, 1, CAPACITY=4 * D)
         values = code(value_outlier_sums, 1, CAPACITY=400)
         codes += [keys, values]
@@ -151,6 +170,12 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
 def issued(code: KernelCode, trips: Mapping[str, float]) -> float:
     """Thread-instructions of a program."""
     return instructions_per_element(code.nest, trips, elements=1, threads=code.threads)
+
+
+def _rounds(code: KernelCode, rounds: float) -> dict[str, float]:
+    """Trips of a loop; if it was unrolled, the loop over what is left counts for all."""
+    names = [loop.name for loop in code.nest.loops]
+    return {name: rounds if name == names[-1] else 0.0 for name in names}
 
 
 def _walk(code: KernelCode, outer: float, steps: float) -> dict[str, float]:

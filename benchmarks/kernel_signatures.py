@@ -31,7 +31,8 @@ TYPES = {
     "entries": "*i16", "stride_head": "i32", "stride_token": "i32", "outlier_step": "fp32",
     "bounds": "*fp32", "places": "*i32",
     "key_lookup": "*i32", "value_lookup": "*i32", "key_scale": "*i32", "key_zero": "*i32",
-    "value_step": "fp32", "value_offset": "fp32",
+    "offset_turns": "*fp16", "key_sums": "*fp32", "key_marks": "*i32", "key_queries": "*fp16",
+    "value_sums": "*fp32", "value_step": "fp32", "value_offset": "fp32",
 }  # fmt: skip
 """Arguments of kernels in a bf16 model."""
 

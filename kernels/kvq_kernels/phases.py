@@ -42,6 +42,7 @@ class Phases:
     Fields:
         high, low: i32 ``[R / 2]``, halves of the frequencies in ``2**-64`` turns a position.
         offset_cos, offset_sin: f16 ``[256, R / 2]``, of the places in a page, scaled.
+        offset_turns: f16 ``[256, R / 2, 2]``, both side by side.
         scaling: factor of cosines and sines (``RotaryAngles``).
     """
 
@@ -49,6 +50,7 @@ class Phases:
     low: Tensor
     offset_cos: Tensor
     offset_sin: Tensor
+    offset_turns: Tensor
     scaling: float
 
     @classmethod
@@ -61,7 +63,9 @@ class Phases:
         halves = torch.tensor([[step >> 32, step & 0xFFFFFFFF] for step in steps]).reshape(-1, 2)
         high, low = halves.to(torch.int32).T.contiguous().to(device)
         cos, sin = angles.cos_sin(torch.arange(PAGE_TOKENS, device=angles.frequencies.device))
-        return cls(high, low, cos.half().to(device), sin.half().to(device), angles.scaling)
+        cos, sin = cos.half().to(device), sin.half().to(device)
+        turns = torch.stack([cos, sin], dim=-1)
+        return cls(high, low, cos, sin, turns, angles.scaling)
 
 
 _KNOWN: weakref.WeakKeyDictionary[RotaryAngles, dict[torch.device, Phases]] = (

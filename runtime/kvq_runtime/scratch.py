@@ -125,18 +125,17 @@ def kernel_scratch_bytes(
     """As ``layer_scratch_bytes`` on Triton kernels, whose buffers stay: those of decoding count
     beside those of prefill, and all rows are decoded together.
     """
-    from kvq_kernels import decode, pack, prefill
+    from kvq_kernels import decode_buffers, pack, prefill
 
     H, D = num_kv_heads, head_dim
     shape = {"num_heads": num_heads, "num_kv_heads": H, "head_dim": D}
     pages = context // PAGE_TOKENS
-    decoding = decode.scratch_bytes(
+    decoding = decode_buffers.scratch_bytes(
+        config,
         **shape,
         batch=rows,
         max_pages=pages,
         exact_room=window,
-        bits=(config.key_bits, config.value_bits),
-        outliers=config.outlier_fraction > 0,
         device=device,
     )
     if tokens == 1:

@@ -19,16 +19,17 @@ HERE = Path(__file__).resolve().parent
 @pytest.mark.parametrize(
     ("device", "order", "chosen", "least"),
     [
-        ("sm_90", "forward", "test_fast_decode", 39),
+        ("sm_90", "forward", "test_fast", 70),
         # The other way round: programs, and warps between barriers, must not depend on it.
-        ("sm_80", "backward", "test_fast_decode and (splits or caches or cut or million)", 14),
+        ("sm_80", "backward", "test_fast and (splits or caches or cut or million or values)", 20),
         ("sm_80", "forward", "test_decode and (jump or 16_bits or share)", 4),
     ],
 )
 def test_compiled_for(device: str, order: str, chosen: str, least: int) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON", "PYTEST_"))}
     environment |= {"KVQ_TEST_DEVICE": device, "KVQ_TEST_ORDER": order}
-    files = [HERE / "test_fast_decode.py", HERE / "test_decode.py"]
+    names = ("test_fast_decode.py", "test_fast_outliers.py", "test_decode.py")
+    files = [HERE / name for name in names]
     command = [
         sys.executable,
         "-m",

@@ -13,7 +13,7 @@ from dense_attention import dense_row
 from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import KVQError
 from kvq_kernels.attention import AttentionOptions
-from kvq_kernels.decode import scratch_bytes
+from kvq_kernels.decode_buffers import scratch_bytes
 from kvq_kernels.kernel_tables import check_layer
 from kvq_kernels.packed_rows import table_entry
 from kvq_kernels.rotary import RotaryAngles
@@ -158,14 +158,13 @@ def test_what_is_held_is_counted(outlier_fraction: float, device: torch.device) 
     options = AttentionOptions(scaling=1.0)
     output = run(case, options, device, workspace=workspace)
     counted = scratch_bytes(
+        case.config,
         batch=2,
         num_heads=6,
         num_kv_heads=2,
         head_dim=16,
         max_pages=case.rows.block_table.shape[1],
         exact_room=case.rows.exact_keys.shape[2],
-        bits=(3, 3),
-        outliers=outlier_fraction > 0,
         device=device,
     )
     assert counted == workspace.nbytes + 4 * output.numel()
