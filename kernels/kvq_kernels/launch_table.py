@@ -20,8 +20,8 @@ class DecodeLaunch:
     Fields:
         path: which kernel it is.
         warps: of a program.
-        programs: that a multiprocessor is given, if there are pages for them. What its registers
-            and shared memory hold at a time on the fast path, twice that on the portable one.
+        programs: that a multiprocessor is given, if there are pages for them: what its registers
+            and shared memory hold at a time.
     """
 
     path: Path

@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
     [
         ("sm_90", "forward", "test_fast", 70),
         # The other way round: programs, and warps between barriers, must not depend on it.
-        ("sm_80", "backward", "test_fast and (splits or caches or cut or million or values)", 20),
+        ("sm_80", "backward", "test_fast and (splits or caches or cut or million or shares)", 17),
         ("sm_80", "forward", "test_decode and (jump or 16_bits or share)", 4),
     ],
 )
