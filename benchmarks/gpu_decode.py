@@ -8,14 +8,8 @@ from typing import Any
 import torch
 from bf16_decode import CUTS, Bf16Decode, Cut
 from gpu_baselines import Attention, decode_baselines, dense_reference, relative_error
-from gpu_cases import (
-    PackedLayerTables,
-    cache_bytes,
-    copied,
-    decoding,
-    packed_rows,
-    random_numbers,
-)
+from gpu_cases import PackedLayerTables, cache_bytes, packed_rows, random_numbers
+from gpu_paths import cold_copies, kvq_lap, path_of, portably
 from gpu_report import CUT, Deadline, say
 from gpu_shapes import Bench, Codes, DecodeCase
 from gpu_timing import Lap, brief, copies_of, race
@@ -24,7 +18,6 @@ from torch import Tensor
 from kvq_kernels import decode_reference
 from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.packed_rows import PackedRows
-from kvq_kernels.workspace import Workspace
 
 PART = "decode"
 KVQ_ERROR = 5e-3
@@ -55,16 +48,25 @@ def _measure(bench: Bench, case: DecodeCase, deadline: Deadline) -> None:
     laps: dict[str, Lap] = {}
     sizes: dict[str, int] = {}
     notes: dict[str, str] = {}
-    chosen: dict[str, Codes] = {}
+    chosen: dict[str, tuple[str, Codes]] = {}
     for codes in bench.sizes.codes:
+        if codes.bits not in case.bits:
+            continue
         with report.guarded(PART, "kvq", **case.columns, **codes.columns):
             layer = PackedLayerTables.of(shape, codes, device=device)
             rows = packed_rows(layer, keys, values)
-            calls = kvq_lap(layer, query, rows)
-            if not _right(bench, case, codes, calls[0](), (layer, query, rows)):
-                continue
-            laps[codes.name], sizes[codes.name] = calls, cache_bytes(rows)
-            chosen[codes.name] = codes
+            copies = cold_copies(rows)
+            ways = [("kvq", kvq_lap(layer, query, copies))]
+            path, _ = path_of(ways[0][1][0])
+            if case.both_paths and path != "portable":
+                ways.append(("kvq, portable", [portably(x) for x in kvq_lap(layer, query, copies)]))
+            for what, lap in ways:
+                if not _right(bench, case, codes, what, lap[0](), (layer, query, rows)):
+                    continue
+                name = codes.name.replace("kvq", what, 1)
+                laps[name], sizes[name] = lap, cache_bytes(rows)
+                chosen[name] = what, codes
+                notes[name] = f"{path if what == 'kvq' else 'portable'} path"
 
     plain = [(keys, values)]
     plain += [
@@ -94,7 +96,8 @@ def _measure(bench: Bench, case: DecodeCase, deadline: Deadline) -> None:
         cells: dict[str, Any] = dict(case.columns)
         what = name
         if name in chosen:
-            what, cells = "kvq", cells | chosen[name].columns
+            what, codes = chosen[name]
+            cells |= codes.columns
         report.add_timing(PART, what, timing, note=notes.get(name, ""), **cells)
         if not timing.samples:
             continue
@@ -106,26 +109,16 @@ def _measure(bench: Bench, case: DecodeCase, deadline: Deadline) -> None:
         if name in chosen and best is not None:
             ratio = timings[best].median / seconds
             report.add(PART, what, "times best bf16", ratio, "x", f"best is {best}", **cells)
-
-
-def kvq_lap(layer: PackedLayerTables, query: Tensor, rows: PackedRows) -> list[Callable]:
-    """One step for each copy; the first reads ``rows`` itself."""
-    # A workspace of its own: one that grew later would move what a graph was captured with.
-    how = {
-        "options": AttentionOptions(scaling=query.shape[-1] ** -0.5),
-        "workspace": Workspace(),
-    }
-    count = copies_of(cache_bytes(rows), device=query.device)
-    return [
-        decoding(layer, query, rows if place == 0 else copied(rows), **how)
-        for place in range(count)
-    ]
+        other = timings.get(name.replace("kvq", "kvq, portable", 1)) if what == "kvq" else None
+        if other is not None and other.samples:
+            report.add(PART, what, "times portable", other.median / seconds, "x", **cells)
 
 
 def _right(
     bench: Bench,
     case: DecodeCase,
     codes: Codes,
+    what: str,
     found: Tensor,
     given: tuple[PackedLayerTables, Tensor, PackedRows],
 ) -> bool:
@@ -140,13 +133,13 @@ def _right(
     # The kernel may be right where plain torch cannot run: the checks before have compared them.
     except Exception as error:
         note = f"not compared at this size: {brief(error)}"
-        report.add(PART, "kvq", "relative error", "", "", note, **cells)
+        report.add(PART, what, "relative error", "", "", note, **cells)
         return bool(found.isfinite().all())
     error = relative_error(found, expected)
     passed = error <= KVQ_ERROR
     report.failures += not passed
     note = "" if passed else f"failed: beyond {KVQ_ERROR}, not timed"
-    report.add(PART, "kvq", "relative error", error, "of the norm", note, **cells)
+    report.add(PART, what, "relative error", error, "of the norm", note, **cells)
     return passed
 
 

@@ -1,4 +1,4 @@
-"""Which device, which versions, and how fast its memory is."""
+"""Which device, and which versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from gpu_report import Deadline
 from gpu_shapes import Bench
-from gpu_timing import race
 from results_csv import REPOSITORY, commit, processor
 
 NVIDIA_SMI = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "pstate")
@@ -86,18 +85,3 @@ def _nvidia_smi(index: int) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(NVIDIA_SMI, (cell.strip() for cell in done.stdout.split(",")), strict=False))
-
-
-def run_ceilings(bench: Bench, deadline: Deadline) -> None:
-    """Bandwidth of a large copy, reads and writes counted, and of a large sum, reads only."""
-    report, count = bench.report, bench.sizes.copied_bytes // 4
-    with report.guarded("ceilings", "memory"):
-        source = torch.randn(count, device=bench.device)
-        target = torch.empty_like(source)
-        laps = {"copy": [lambda: target.copy_(source)], "sum": [source.sum]}
-        timings = race(laps, device=bench.device, expired=deadline.passed)
-        for name, moved in (("copy", 2 * source.nbytes), ("sum", source.nbytes)):
-            timing = timings[name]
-            report.add_timing("ceilings", name, timing, note=f"{source.nbytes} B")
-            if timing.samples:
-                report.add("ceilings", name, "bandwidth", moved / timing.median / 1e9, "GB/s")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from gpu_cases import PackedLayerTables, packed_rows, random_numbers
-from gpu_decode import kvq_lap
+from gpu_paths import cold_copies, kvq_lap
 from gpu_report import CUT, Deadline, say
 from gpu_shapes import Bench
 from gpu_timing import Lap, Timing, brief
@@ -38,7 +38,7 @@ def run(bench: Bench, deadline: Deadline) -> None:
             keys, values = (random_numbers(*size, device=device) for _ in range(2))
             query = random_numbers(case.batch, shape.num_heads, shape.head_dim, device=device)
             layer = PackedLayerTables.of(shape, codes, device=device)
-            lap = kvq_lap(layer, query, packed_rows(layer, keys, values))
+            lap = kvq_lap(layer, query, cold_copies(packed_rows(layer, keys, values)))
             for name, timing in kernel_times(lap, device=device).items():
                 report.add_timing(PART, name, timing, **cells)
 
@@ -115,11 +115,18 @@ def _by_events(lap: Lap, *, device: torch.device, laps: int) -> dict[str, Timing
 
 @contextmanager
 def _replaced(wrap: Callable[[str, Any], Any]) -> Iterator[None]:
-    stock = {name: getattr(decode_module, name) for name in KERNELS}
+    # Side passes of the fast path have the names of the others, in modules of their own.
+    modules = (decode_module, decode_module.nvidia_keys, decode_module.nvidia_values)
+    stock = [
+        (module, name, vars(module)[name])
+        for module in modules
+        for name in KERNELS
+        if isinstance(vars(module).get(name), KernelInterface)
+    ]
     try:
-        for name, kernel in stock.items():
-            setattr(decode_module, name, wrap(name, kernel))
+        for module, name, kernel in stock:
+            setattr(module, name, wrap(name, kernel))
         yield
     finally:
-        for name, kernel in stock.items():
-            setattr(decode_module, name, kernel)
+        for module, name, kernel in stock:
+            setattr(module, name, kernel)

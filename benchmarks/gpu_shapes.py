@@ -61,11 +61,18 @@ class Codes:
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One layer's decode step."""
+    """One layer's decode step.
+
+    Fields:
+        bits: of keys and values that it is packed with.
+        both_paths: whether the portable path is timed beside one that the launch table prefers.
+    """
 
     shape: Shape
     batch: int
     tokens: int
+    bits: Sequence[int] = (2, 3, 4)
+    both_paths: bool = False
 
     @property
     def columns(self) -> dict[str, object]:
@@ -116,12 +123,14 @@ class Sizes:
 
 FULL = Sizes(
     cases=(
-        DecodeCase(LLAMA_3_8B, 1, 131_072),
-        DecodeCase(LLAMA_3_8B, 1, 32_768),
-        DecodeCase(LLAMA_3_8B, 16, 8192),
+        DecodeCase(LLAMA_3_8B, 1, 131_072, both_paths=True),
+        DecodeCase(LLAMA_3_8B, 1, 65_536, both_paths=True),
+        DecodeCase(LLAMA_3_8B, 1, 32_768, both_paths=True),
+        DecodeCase(LLAMA_2_7B, 1, 65_536, bits=(3,), both_paths=True),
+        DecodeCase(LLAMA_2_7B, 1, 32_768, bits=(3,), both_paths=True),
+        DecodeCase(LLAMA_3_8B, 16, 8192, both_paths=True),
         DecodeCase(LLAMA_2_7B, 1, 131_072),
         DecodeCase(QWEN_25_7B, 1, 131_072),
-        DecodeCase(LLAMA_2_7B, 1, 32_768),
         DecodeCase(QWEN_25_7B, 1, 32_768),
         DecodeCase(LLAMA_3_8B, 1, 8192),
         DecodeCase(LLAMA_2_7B, 1, 8192),

@@ -5,6 +5,7 @@ fill the long side of a matrix instruction, the query heads that share a key/val
 one, so that every number of the cache is decoded once a group (``docs/kernels.md``).
 """
 # mypy: allow-untyped-defs
+# mypy: disable-error-code="assignment, misc, var-annotated"
 
 from __future__ import annotations
 

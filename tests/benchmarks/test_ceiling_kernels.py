@@ -74,6 +74,7 @@ def left_by_parts(
     import gpu_ceilings
     from ceiling_reference import expected
     from gpu_paths import launch_of
+
     from kvq_kernels.attention import AttentionOptions
     from kvq_kernels.decode import decode
     from kvq_kernels.kernel_tables import KernelTables

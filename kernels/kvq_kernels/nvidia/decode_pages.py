@@ -6,6 +6,7 @@ no number of the cache passes through memory again. Scores change lanes once, th
 so that the softmax of a page wastes no lanes on heads that a group does not have.
 """
 # mypy: allow-untyped-defs
+# mypy: disable-error-code="assignment, misc, var-annotated"
 
 from __future__ import annotations
 
