@@ -15,7 +15,7 @@ from triton import next_power_of_2
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.outliers import key_pool_capacity, value_list_capacity
 from kvq_kernels.decode_exact import EXACT_TILE, exact_splits
-from kvq_kernels.decode_merge import SPLIT_TILE, merge_splits
+from kvq_kernels.decode_merge import MAXIMA_TILE, SPLIT_TILE, merge_splits
 from kvq_kernels.decode_outliers import key_outlier_scores, value_outlier_sums
 from kvq_kernels.decode_queries import TURN_PAGES, turn_queries
 from kvq_kernels.decode_splits import decode_splits
@@ -129,8 +129,9 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
     total = (
         pages / turned * issued(turn, _rounds(turn, turned)) + issued(exact, {}) * tiles / splits
     )
-    merged = -(-(splits + tiles) // SPLIT_TILE.value)
-    total += issued(merge, {"0": merged}) * G / splits
+    merged = splits + tiles
+    rounds = {"0": -(-merged // MAXIMA_TILE.value), "1": -(-merged // SPLIT_TILE.value)}
+    total += issued(merge, rounds) * G / splits
     if shape.fast:
         codes.append(code(decode_pages, main.warps))
         if codes[-1].shared_tiles != SHARED_TILES:

@@ -73,12 +73,8 @@ def run(bench: Bench, deadline: Deadline) -> None:
         for codes in sizes.codes:
             if codes.name in packed:
                 share = packed[codes.name] / (attention + parts[MATRICES])
-                note = "of the best causal attention and the seven matrices together"
-                report.add(
-                    *("pack", "keys and values", "share of the layer's prefill", share, "x", note),
-                    **where,
-                    **codes.columns,
-                )
+                note, cells = "of the best causal attention and the matrices", where | codes.columns
+                report.add("pack", "keys and values", "share of prefill", share, "x", note, **cells)
 
 
 def _packing(layer: PackedLayerTables, keys: Tensor, values: Tensor) -> Callable[[], tuple]:

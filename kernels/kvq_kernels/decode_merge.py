@@ -13,6 +13,9 @@ from kvq_kernels.scores import LOG2_E
 SPLIT_TILE: Final = tl.constexpr(16)
 """Splits that are merged at a time."""
 
+MAXIMA_TILE: Final = tl.constexpr(128)
+"""Splits whose largest scores are read at a time."""
+
 
 @triton.jit
 def merge_splits(
@@ -37,31 +40,33 @@ def merge_splits(
     channel = tl.arange(0, D_TILE)
     is_channel = (channel < D)[None, :]
     largest = -float("inf")
-    total = 0.0
-    sums = tl.zeros([D_TILE], tl.float32)
     if SINK_LOGITS:
         # In units of exp2.
         largest = tl.load(sink_logits + query_head) * LOG2_E
-        total = 1.0
+    sink = largest
+    # The largest score first, so that rounds of the second loop do not wait for each other.
+    for first in range(0, splits, MAXIMA_TILE):
+        split = first + tl.arange(0, MAXIMA_TILE)
+        line = (row + split) * G + query_head % G
+        found = tl.load(split_max + line, mask=split < splits, other=-float("inf"))
+        largest = tl.maximum(largest, tl.max(found, axis=0))
+    # Where nothing has been seen the exponent must not become inf - inf.
+    largest = tl.where(largest == -float("inf"), 0.0, largest)
+    totals = tl.zeros([SPLIT_TILE], tl.float32)
+    sums = tl.zeros([SPLIT_TILE, D_TILE], tl.float32)
     for first in range(0, splits, SPLIT_TILE):
         split = first + tl.arange(0, SPLIT_TILE)
         held = split < splits
         line = (row + split) * G + query_head % G
-        split_largest = tl.load(split_max + line, mask=held, other=-float("inf"))
-        merged = tl.maximum(largest, tl.max(split_largest, axis=0))
-        # Where nothing has been seen yet the exponent must not become inf - inf.
-        finite = tl.where(merged == -float("inf"), 0.0, merged)
-        decay = tl.exp2(largest - finite)
-        factor = tl.exp2(split_largest - finite)
-        total = total * decay + tl.sum(
-            factor * tl.load(split_sum + line, mask=held, other=0.0), axis=0
-        )
+        found = tl.load(split_max + line, mask=held, other=-float("inf"))
+        factor = tl.exp2(found - largest)
+        totals += factor * tl.load(split_sum + line, mask=held, other=0.0)
         outputs = tl.load(
             split_out + line[:, None] * D + channel[None, :],
             mask=held[:, None] & is_channel,
             other=0.0,
         )
-        sums = sums * decay + tl.sum(outputs * factor[:, None], axis=0)
-        largest = merged
+        sums += outputs * factor[:, None]
+    total = tl.exp2(sink - largest) + tl.sum(totals, axis=0)
     place = (batch * HQ + query_head) * D + channel
-    tl.store(output + place, sums / tl.where(total > 0, total, 1.0), mask=channel < D)
+    tl.store(output + place, tl.sum(sums, axis=0) / tl.where(total > 0, total, 1.0), mask=channel < D)

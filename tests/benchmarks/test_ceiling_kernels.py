@@ -34,7 +34,7 @@ def test_compiled_for() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     passed = re.search(r"(\d+) passed", ran.stdout)
     assert passed is not None, ran.stdout
-    assert int(passed[1]) == 3, ran.stdout
+    assert int(passed[1]) == 4, ran.stdout
 
 
 @pytest.fixture
@@ -66,6 +66,28 @@ def test_every_part(bits: int, G: int, D: int, device: torch.device) -> None:
     for part in (known.unpack, known.keys, known.values):
         assert not part[1, :, 1].any()
         assert not part[2].any()
+
+
+@compiled
+def test_parts_look_up_and_load_what_the_whole_does() -> None:
+    """Counted in their code: a part that the compiler had emptied would be no ceiling."""
+    from decode_ceilings import measure_stage
+    from kernel_code import Target
+
+    bits = 2
+    rows = {
+        stage: measure_stage(stage, bits, Target.CUDA_90)
+        for stage in ("unpack", "keys", "values", "all")
+    }
+    lookups, loads = ({s: float(str(r[n])) for s, r in rows.items()} for n in ("lookups", "loads"))
+    assert lookups["unpack"] == pytest.approx(lookups["all"], rel=0.02)
+    assert lookups["keys"] + lookups["values"] == pytest.approx(lookups["all"], rel=0.02)
+    assert loads["keys"] + loads["values"] == pytest.approx(loads["all"], rel=0.1)
+    # i32 of a page's keys and of its values for each number, four and two in a load.
+    words = bits / 32
+    assert loads["unpack"] > words / 2 * (1 / 4 + 1 / 2)
+    for row in rows.values():
+        assert row["tensor"] == 0 if row["stage"] == "unpack" else float(str(row["tensor"])) > 0
 
 
 def left_by_parts(
