@@ -23,6 +23,7 @@ from kvq_kernels.launch_table import decode_launch
 from kvq_kernels.nvidia import key_outliers as nvidia_keys
 from kvq_kernels.nvidia import value_outliers as nvidia_values
 from kvq_kernels.nvidia.decode_pages import decode_pages
+from kvq_kernels.nvidia.entry_shares import chunks
 from kvq_kernels.nvidia.outlier_scratch import key_scratch, value_warps
 
 RUNS = Path(__file__).resolve().parent / "results" / "outlier-runs.csv"
@@ -155,8 +156,8 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
         keys = code(nvidia_keys.key_outlier_scores, 1, CAPACITY=pool)
         values = code(nvidia_values.value_outlier_sums, warps, CAPACITY=room)
         codes += [keys, values]
-        total += programs * issued(keys, {"0": pages / programs})
-        total += issued(values, {"0": -(-pages // warps)})
+        total += programs * issued(keys, _chunks(keys, pages / programs, pool))
+        total += issued(values, _chunks(values, -(-pages // warps), room))
     elif shape.outliers:
         keys = code(key_outlier_scores, 1, CAPACITY=4 * D)
         values = code(value_outlier_sums, 1, CAPACITY=400)
@@ -171,6 +172,12 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
 def issued(code: KernelCode, trips: Mapping[str, float]) -> float:
     """Thread-instructions of a program."""
     return instructions_per_element(code.nest, trips, elements=1, threads=code.threads)
+
+
+def _chunks(code: KernelCode, pages: float, entries: int) -> dict[str, float]:
+    """Trips of a loop over pages, and of one over chunks of their outliers, if there are several."""
+    inner = [loop.name for loop in code.nest.loops if loop.name != "0"]
+    return {"0": pages, **dict.fromkeys(inner, chunks(entries))}
 
 
 def _rounds(code: KernelCode, rounds: float) -> dict[str, float]:

@@ -69,4 +69,6 @@ def merge_splits(
         sums += outputs * factor[:, None]
     total = tl.exp2(sink - largest) + tl.sum(totals, axis=0)
     place = (batch * HQ + query_head) * D + channel
-    tl.store(output + place, tl.sum(sums, axis=0) / tl.where(total > 0, total, 1.0), mask=channel < D)
+    tl.store(
+        output + place, tl.sum(sums, axis=0) / tl.where(total > 0, total, 1.0), mask=channel < D
+    )

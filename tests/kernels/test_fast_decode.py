@@ -63,6 +63,8 @@ def test_ragged_rows(bits: int, device: torch.device) -> None:
         {"value_grain": "head", "H": 2},
         {"rotary_scaling": 2.0},
         {"dtype": torch.bfloat16},
+        {"D": 256, "G": 2},
+        {"D": 256, "key_bits": 2, "value_bits": 4},
     ],
 )
 def test_caches(how: dict[str, Any], device: torch.device) -> None:

@@ -33,7 +33,7 @@ from kvq_kernels.nvidia.layouts import (
     query_operand,
     token_of_row,
 )
-from kvq_kernels.nvidia.page_scores import write_page_scores
+from kvq_kernels.nvidia.page_scores import load_scales, write_page_scores
 from kvq_kernels.nvidia.page_values import weighted_values
 from kvq_kernels.nvidia.prefetch import prefetch
 from kvq_kernels.page_entries import CUT, PAGE_IDS
@@ -133,17 +133,13 @@ def decode_pages(
     pair = place_of(gl.arange(0, CHUNK, gl.SliceLayout(0, KEY_WORDS)), HALF // 2, 4)[None, :]
     key_table = _table(key_lookup, KEY_TABLE, 16, KEY_WORDS)
     key_scales = ()
-    for chunk in gl.static_range(CHUNKS):
-        first = head * HALF + 4 * chunk + pair
-        second = first + HALF // 2
-        key_scales += (
-            (
-                gl.load(key_scale + first),
-                gl.load(key_zero + first),
-                gl.load(key_scale + second),
-                gl.load(key_zero + second),
-            ),
-        )
+    if CHUNKS > 2:
+        # Too many to stay in registers.
+        key_scales = (key_scale + head * HALF + pair, key_zero + head * HALF + pair)
+    else:
+        for chunk in gl.static_range(CHUNKS):
+            first = head * HALF + 4 * chunk + pair
+            key_scales += (load_scales(key_scale + first, key_zero + first, D),)
     key_place = key_row * HALF + pair
     offset_cos += key_row * (HALF // 2) + pair
     offset_sin += key_row * (HALF // 2) + pair

@@ -23,6 +23,13 @@ def _words(at, SPARE: gl.constexpr, PLANE: gl.constexpr):
 
 
 @gluon.jit
+def load_scales(scale, zero, D: gl.constexpr):
+    """Scale and zero of a chunk's channels in first and in second halves, i32 ``[1, CHUNK]``."""
+    SECOND: gl.constexpr = D // 4
+    return gl.load(scale), gl.load(zero), gl.load(scale + SECOND), gl.load(zero + SECOND)
+
+
+@gluon.jit
 def _write_group(
     group,
     words,
@@ -50,7 +57,11 @@ def _write_group(
         second_words = _words(words + SECOND + 4 * chunk, SPARE, 8 * D)
         first_selector = selectors(first_words, GROUP_OF_PLANE, BITS)
         second_selector = selectors(second_words, GROUP_OF_PLANE, BITS)
-        first_scale, first_zero, second_scale, second_zero = scales[chunk]
+        if SECOND // CHUNK > 2:
+            own = load_scales(scales[0] + 4 * chunk, scales[1] + 4 * chunk, D)
+        else:
+            own = scales[chunk]
+        first_scale, first_zero, second_scale, second_zero = own
         first_query, second_query = queries[chunk]
         added = ()
         for part in gl.static_range(2):
@@ -87,7 +98,7 @@ def write_page_scores(
         words: pointers i32 ``[16, CHUNK]``, to words of first rotary halves in plane 0.
         offset_cos, offset_sin: pointers i32 of that shape, two f16 each, at the first tokens.
         table: of the lookup.
-        scales: of each chunk scale and zero of first and of second halves, i32 ``[1, CHUNK]``.
+        scales: of each chunk what ``load_scales`` gives, or, beyond two chunks, its pointers.
         queries: of each chunk B operands for first and second halves.
     """
     for plane in range(BITS):
