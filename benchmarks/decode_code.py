@@ -175,7 +175,7 @@ def issued(code: KernelCode, trips: Mapping[str, float]) -> float:
 
 
 def _chunks(code: KernelCode, pages: float, entries: int) -> dict[str, float]:
-    """Trips of a loop over pages, and of one over chunks of their outliers, if there are several."""
+    """Trips of a loop over pages, and of one over chunks of their outliers, if any."""
     inner = [loop.name for loop in code.nest.loops if loop.name != "0"]
     return {"0": pages, **dict.fromkeys(inner, chunks(entries))}
 

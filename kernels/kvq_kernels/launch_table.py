@@ -50,7 +50,8 @@ class _Line:
 TABLE = (
     # 255 registers a lane: eight warps a multiprocessor. The smaller ones have shared memory
     # (12 KiB a program) for seven.
-    _Line(("sm_86", "sm_89", "sm_12"), (2, 3, 4), (64, 128, 256), 8, DecodeLaunch("registers", 1, 7)),
+    _Line(("sm_86", "sm_89", "sm_12"), (2, 3, 4), (64, 128, 256), 8,
+          DecodeLaunch("registers", 1, 7)),
     _Line(("sm_8", "sm_9", "sm_10", "sm_11"), (2, 3, 4), (64, 128, 256), 8,
           DecodeLaunch("registers", 1, 8)),
     # 64 tokens a group: 16 rows of a matrix instruction a warp.
