@@ -21,16 +21,16 @@ from kvq_kernels.nvidia.layouts import (
     CHUNK,
     HEADS,
     KEY_WORDS,
-    LANES,
     MMA,
     PLAIN,
     QUERIES,
     VALUE_WORDS,
     A,
     B,
-    each_lane,
+    lookup_words,
     place_of,
     query_operand,
+    sums_of_lanes,
     token_of_row,
 )
 from kvq_kernels.nvidia.page_scores import load_scales, write_page_scores
@@ -43,29 +43,11 @@ SMALLEST_SCALE = gl.constexpr(2.0**-24)
 
 
 @gluon.jit
-def _table(table, WORDS: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr):
-    """WORDS words of a lookup, i32 ``[ROWS, 1]`` each."""
-    lane = gl.arange(0, 8, LANES)
-    words = ()
-    for word in gl.static_range(WORDS):
-        words += (each_lane(gl.load(table + 8 * word + lane), ROWS, layout),)
-    return words
-
-
-@gluon.jit
 def _all_heads(numbers, WIDTH: gl.constexpr):
     """A number for each head of a group, ``[WIDTH]``, for all columns of B, ``[1, HEADS]``."""
     for _ in gl.static_range(4 - WIDTH.bit_length()):
         numbers = gl.reshape(gl.permute(gl.join(numbers, numbers), [1, 0]), [2 * numbers.shape[0]])
     return gl.convert_layout(numbers, gl.SliceLayout(0, MMA))[None, :]
-
-
-@gluon.jit
-def _in_lanes(numbers, WIDTH: gl.constexpr, layout: gl.constexpr):
-    """Sums over the rows ``[256, WIDTH]`` that a lane has, ``[32, WIDTH]``."""
-    return gl.convert_layout(
-        gl.sum(gl.reshape(numbers, [8, 32, WIDTH]), axis=0), layout, assert_trivial=True
-    )
 
 
 @gluon.jit
@@ -131,7 +113,7 @@ def decode_pages(
     # What all pages share.
     key_row = token_of_row(gl.arange(0, 16, gl.SliceLayout(1, KEY_WORDS)))[:, None]
     pair = place_of(gl.arange(0, CHUNK, gl.SliceLayout(0, KEY_WORDS)), HALF // 2, 4)[None, :]
-    key_table = _table(key_lookup, KEY_TABLE, 16, KEY_WORDS)
+    key_table = lookup_words(key_lookup, KEY_TABLE, 16, KEY_WORDS)
     key_scales = ()
     if CHUNKS > 2:
         # Too many to stay in registers.
@@ -143,7 +125,7 @@ def decode_pages(
     key_place = key_row * HALF + pair
     offset_cos += key_row * (HALF // 2) + pair
     offset_sin += key_row * (HALF // 2) + pair
-    value_table = _table(value_lookup, VALUE_TABLE, CHANNELS, VALUE_WORDS)
+    value_table = lookup_words(value_lookup, VALUE_TABLE, CHANNELS, VALUE_WORDS)
     channel = gl.arange(0, CHANNELS, gl.SliceLayout(1, VALUE_WORDS))[:, None]
     value_place = channel * 8 + gl.arange(0, 8, gl.SliceLayout(0, VALUE_WORDS))[None, :]
     query_head = gl.minimum(gl.arange(0, HEADS, gl.SliceLayout(0, QUERIES)), G - 1)[None, :]
@@ -206,8 +188,8 @@ def decode_pages(
         own_scales = scales + (page * SCALE_HEADS + scale_head) * 256 + token
         half_range, center = to_floats(gl.load(own_scales))
         widest = gl.max(half_range, axis=0)
-        total = total * decay[None, :] + _in_lanes(weight, GROUP_WIDTH, ROWS)
-        weighted = _in_lanes(weight * center[:, None], GROUP_WIDTH, ROWS)
+        total = total * decay[None, :] + sums_of_lanes(weight, GROUP_WIDTH, ROWS)
+        weighted = sums_of_lanes(weight * center[:, None], GROUP_WIDTH, ROWS)
         centers = centers * decay[None, :] + weighted
         # A value is half_range * z + center of its token: both fold into the weights. The largest
         # half-range of the page is taken out, so that f16 holds at most 1.

@@ -110,3 +110,21 @@ def each_lane(numbers, ROWS: gl.constexpr, layout: gl.constexpr):
     for _ in gl.static_range(3, ROWS.bit_length() - 1):
         numbers = gl.reshape(gl.permute(gl.join(numbers, numbers), [1, 0]), [2 * numbers.shape[0]])
     return gl.convert_layout(numbers, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def lookup_words(table, WORDS: gl.constexpr, ROWS: gl.constexpr, layout: gl.constexpr):
+    """WORDS words of a lookup, i32 ``[ROWS, 1]`` each."""
+    lane = gl.arange(0, 8, LANES)
+    words = ()
+    for word in gl.static_range(WORDS):
+        words += (each_lane(gl.load(table + 8 * word + lane), ROWS, layout),)
+    return words
+
+
+@gluon.jit
+def sums_of_lanes(numbers, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Sums over the rows ``[256, WIDTH]`` that a lane has, ``[32, WIDTH]``."""
+    return gl.convert_layout(
+        gl.sum(gl.reshape(numbers, [8, 32, WIDTH]), axis=0), layout, assert_trivial=True
+    )
