@@ -23,7 +23,7 @@ from kvq_kernels.launch_table import decode_launch
 from kvq_kernels.nvidia import key_outliers as nvidia_keys
 from kvq_kernels.nvidia import value_outliers as nvidia_values
 from kvq_kernels.nvidia.decode_pages import decode_pages
-from kvq_kernels.nvidia.entry_shares import chunks
+from kvq_kernels.nvidia.entry_counts import chunks
 from kvq_kernels.nvidia.outlier_scratch import key_scratch, value_warps
 
 RUNS = Path(__file__).resolve().parent / "results" / "outlier-runs.csv"

@@ -38,9 +38,6 @@ from kvq_kernels.launch import (
     warp_lanes,
 )
 from kvq_kernels.launch_table import decode_launch
-from kvq_kernels.nvidia import key_outliers as nvidia_keys
-from kvq_kernels.nvidia import value_outliers as nvidia_values
-from kvq_kernels.nvidia.decode_pages import decode_pages
 from kvq_kernels.packed_rows import PackedRows
 from kvq_kernels.phases import Phases
 from kvq_kernels.scores import score_arguments
@@ -184,32 +181,33 @@ def decode(
         "residual_step": tables.parameters.value.outlier_step,
         "CAPACITY": shape.value_list,
     }
+    kernels = _fast_kernels() if fast else (key_outlier_scores, decode_splits, value_outlier_sums)
+    score_outliers, read_pages, sum_outliers = kernels
     with current(device):
         if max_pages:
             launch(turn_queries, triton.cdiv(max_pages, TURN_PAGES.value), H, B, num_warps=1)
         if key_outliers and max_pages:
-            if fast:
-                programs = buffers["key_sums"].shape[2]
-                launch(nvidia_keys.key_outlier_scores, programs, H, B, num_warps=1, **key_step)
-            else:
-                launch(key_outlier_scores, max_pages, H, B, num_warps=1, **key_step)
-        if fast:
-            words = _two_a_word(phases, rows)
-            launch(decode_pages, splits, H, B, num_warps=main.warps, **words)
-        else:
-            launch(decode_splits, splits, H, B, num_warps=main.warps, num_stages=1)
+            programs = buffers["key_sums"].shape[2] if fast else max_pages
+            launch(score_outliers, programs, H, B, num_warps=1, **key_step)
+        how = _two_a_word(phases, rows) if fast else {}
+        launch(read_pages, splits, H, B, num_warps=main.warps, num_stages=1, **how)
         if shape.exact_tiles:
             launch(exact_splits, shape.exact_tiles, H, B, num_warps=4)
         if value_outliers and max_pages:
-            if fast:
-                warps = buffers["value_sums"].shape[3]
-                sums = nvidia_values.value_outlier_sums
-                launch(sums, splits, H, B, num_warps=warps, **value_step)
-            else:
-                programs = splits * triton.cdiv(D, lanes)
-                launch(value_outlier_sums, programs, H, B, num_warps=1, **value_step)
+            parts = 1 if fast else triton.cdiv(D, lanes)
+            warps = buffers["value_sums"].shape[3] if fast else 1
+            launch(sum_outliers, splits * parts, H, B, num_warps=warps, **value_step)
         launch(merge_splits, HQ, B, num_warps=4)
     return output
+
+
+def _fast_kernels() -> tuple[Any, Any, Any]:
+    """Gluon changes between versions of Triton: whoever does not run it does not load it."""
+    from kvq_kernels.nvidia.decode_pages import decode_pages
+    from kvq_kernels.nvidia.key_outliers import key_outlier_scores
+    from kvq_kernels.nvidia.value_outliers import value_outlier_sums
+
+    return key_outlier_scores, decode_pages, value_outlier_sums
 
 
 def _two_a_word(phases: Phases, rows: PackedRows) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ def check_keys(
     programs: int = 2,
     exact: bool = True,
 ) -> None:
-    from kvq_kernels.nvidia.entry_shares import slots
+    from kvq_kernels.nvidia.entry_counts import slots
     from kvq_kernels.nvidia.key_outliers import key_outlier_scores
 
     generator = torch.Generator().manual_seed(G + capacity)
@@ -199,7 +199,7 @@ def check_values(
     splits: int = 2,
     exact: bool = True,
 ) -> None:
-    from kvq_kernels.nvidia.entry_shares import slots
+    from kvq_kernels.nvidia.entry_counts import slots
     from kvq_kernels.nvidia.value_outliers import value_outlier_sums
 
     generator = torch.Generator().manual_seed(G + capacity)

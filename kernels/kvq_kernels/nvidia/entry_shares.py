@@ -1,4 +1,4 @@
-"""Shares of a page's outliers: as many entries for every lane, and arithmetic on pairs of f16."""
+"""Shares of a page's outliers: as many entries for every lane."""
 # mypy: allow-untyped-defs
 # mypy: disable-error-code="assignment,var-annotated"
 
@@ -7,26 +7,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-MOST_STEPS = 16
-"""Entries that a lane has in registers."""
-
-
-@gluon.constexpr_function
-def chunks(capacity):
-    """How many times the lanes share entries out."""
-    return -(-capacity // (32 * MOST_STEPS))
-
-
-@gluon.constexpr_function
-def steps(capacity):
-    """Entries of a lane in each of the ``chunks``."""
-    return -(-capacity // (32 * chunks(capacity)))
-
-
-@gluon.constexpr_function
-def slots(capacity, least=0):
-    """Running sums of a page: of the entries before each, and of all; room for ``least``."""
-    return max(32 * steps(capacity) * chunks(capacity), least) + 1
+from kvq_kernels.nvidia.entry_counts import steps
 
 
 @gluon.jit
@@ -84,38 +65,4 @@ def high_bytes(first, second):
         dtype=(gl.float16, gl.float16),
         is_pure=True,
         pack=1,
-    )
-
-
-@gluon.jit
-def times(a, b):
-    """``a * b``, f16, two at a time."""
-    return gl.inline_asm_elementwise(
-        "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def minus_times(a, b):
-    """``-a * b``, f16, two at a time."""
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 n; neg.f16x2 n, $1; mul.rn.f16x2 $0, n, $2; }",
-        "=r,r,r",
-        [a, b],
-        dtype=gl.float16,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
-def times_plus(a, b, c):
-    """``a * b + c``, f16, two at a time, rounded once."""
-    return gl.inline_asm_elementwise(
-        "fma.rn.f16x2 $0, $1, $2, $3;",
-        "=r,r,r,r",
-        [a, b, c],
-        dtype=gl.float16,
-        is_pure=True,
-        pack=2,
     )

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from kvq_kernels.nvidia.entry_shares import chunks, steps
+from kvq_kernels.nvidia.entry_counts import chunks, steps
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 """Its name in Triton 3.6."""

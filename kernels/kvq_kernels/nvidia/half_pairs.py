@@ -1,4 +1,7 @@
-"""Arithmetic on two f16 in one register (i32 tensors), and their way into matrix operands."""
+"""Arithmetic on two f16 in one register, and their way into matrix operands.
+
+Tensors are f16 whose neighbours share a register, or i32 that hold two f16 each.
+"""
 # mypy: allow-untyped-defs
 
 from __future__ import annotations
@@ -7,33 +10,46 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 
+@gluon.constexpr_function
+def _pack(dtype):
+    """Elements of a register."""
+    return 2 if dtype == gl.float16 else 1
+
+
 @gluon.jit
 def multiply(a, b):
     """``a * b``."""
     return gl.inline_asm_elementwise(
-        "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
-    )
+        "mul.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=a.dtype, is_pure=True,
+        pack=_pack(a.dtype),
+    )  # fmt: skip
+
+
+@gluon.jit
+def multiply_negated(a, b):
+    """``-a * b``."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 n; neg.f16x2 n, $1; mul.rn.f16x2 $0, n, $2; }", "=r,r,r", [a, b],
+        dtype=a.dtype, is_pure=True, pack=_pack(a.dtype),
+    )  # fmt: skip
 
 
 @gluon.jit
 def multiply_add(a, b, c):
     """``a * b + c``, rounded once."""
     return gl.inline_asm_elementwise(
-        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=gl.int32, is_pure=True, pack=1
-    )
+        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=a.dtype, is_pure=True,
+        pack=_pack(a.dtype),
+    )  # fmt: skip
 
 
 @gluon.jit
 def multiply_subtract(a, b, c):
     """``a * b - c``, rounded once."""
     return gl.inline_asm_elementwise(
-        "{ .reg .b32 n; neg.f16x2 n, $3; fma.rn.f16x2 $0, $1, $2, n; }",
-        "=r,r,r,r",
-        [a, b, c],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
+        "{ .reg .b32 n; neg.f16x2 n, $3; fma.rn.f16x2 $0, $1, $2, n; }", "=r,r,r,r", [a, b, c],
+        dtype=a.dtype, is_pure=True, pack=_pack(a.dtype),
+    )  # fmt: skip
 
 
 @gluon.jit

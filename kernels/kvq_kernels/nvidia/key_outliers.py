@@ -7,7 +7,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kvq_kernels.nvidia.entry_shares import chunks, entry_pointers, load_entry, slots, steps
+from kvq_kernels.nvidia.entry_counts import chunks, slots, steps
+from kvq_kernels.nvidia.entry_shares import entry_pointers, load_entry
 from kvq_kernels.nvidia.entry_sums import as_operand, barrier, running_sums, selector
 from kvq_kernels.nvidia.entry_tokens import LANE, before_lane, mark_tokens
 from kvq_kernels.nvidia.turned_entries import (

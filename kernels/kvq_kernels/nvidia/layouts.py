@@ -10,6 +10,7 @@ be chosen, as long as both factors agree: so that what a lane needs lies side by
   weights is token ``4 (r / 2 mod 4) + 2 (r / 8) + r mod 2`` (``token_of_row``).
 """
 # mypy: allow-untyped-defs
+# mypy: disable-error-code="assignment, misc, var-annotated"
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvq_kernels.nvidia.entry_shares import slots
+from kvq_kernels.nvidia.entry_counts import slots
 
 Buffer = tuple[tuple[int, ...], torch.dtype]
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kvq_kernels.nvidia.entry_shares import low_bits, minus_times, times, times_plus
+from kvq_kernels.nvidia.entry_shares import low_bits
 from kvq_kernels.nvidia.entry_sums import lane_rows
 from kvq_kernels.nvidia.entry_tokens import LANE
+from kvq_kernels.nvidia.half_pairs import multiply, multiply_add, multiply_negated
 
 ROWS = gl.constexpr(lane_rows(1))
 TABLE = gl.constexpr(gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0]))
@@ -62,9 +63,9 @@ def keep_table(table, queries, factors, lane, head, GROUP_WIDTH: gl.constexpr, D
         first = load_heads(place, head, GROUP_WIDTH)
         second = load_heads(place + D // 2 * GROUP_WIDTH, head, GROUP_WIDTH)
         one, two = factors[part], factors[PARTS + part]
-        _keep_pair(table, channel, times(first, one), times(second, one))
+        _keep_pair(table, channel, multiply(first, one), multiply(second, one))
         # What the second member turns into its partner's channel has the other sign.
-        _keep_pair(table, channel + D // 2, times(second, two), minus_times(first, two))
+        _keep_pair(table, channel + D // 2, multiply(second, two), multiply_negated(first, two))
 
 
 @gluon.jit
@@ -83,8 +84,8 @@ def turned_entry(entry, token, offset_turns, table, HALF: gl.constexpr, BITS: gl
     which = gl.arange(0, 2, layout=gl.SliceLayout(0, PAIRS))[None, :]
     turn = gl.load(offset_turns + place[:, None] * 2 + which)
     residual = gl.convert_layout(residual, gl.SliceLayout(1, PAIRS), assert_trivial=True)
-    cos, sin = times(turn, residual[:, None]).split()
+    cos, sin = multiply(turn, residual[:, None]).split()
     cos = gl.convert_layout(cos, LANE, assert_trivial=True)[:, None]
     sin = gl.convert_layout(sin, LANE, assert_trivial=True)[:, None]
     own, partner = _pair(table, channel)
-    return times_plus(own, cos, times(partner, sin))
+    return multiply_add(own, cos, multiply(partner, sin))

@@ -12,16 +12,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kvq_kernels.nvidia.entry_shares import (
-    chunks,
-    entry_pointers,
-    high_bytes,
-    load_entry,
-    low_bits,
-    slots,
-    steps,
-    times,
-)
+from kvq_kernels.nvidia.entry_counts import chunks, slots, steps
+from kvq_kernels.nvidia.entry_shares import entry_pointers, high_bytes, load_entry, low_bits
 from kvq_kernels.nvidia.entry_sums import (
     as_operand,
     barrier,
@@ -29,6 +21,7 @@ from kvq_kernels.nvidia.entry_sums import (
     running_sums,
     selector,
 )
+from kvq_kernels.nvidia.half_pairs import multiply
 from kvq_kernels.page_entries import PAGE_IDS
 
 
@@ -37,7 +30,7 @@ def _products(entry, residual, weights, head, G: gl.constexpr):
     """Residual times weight of its token, f16 ``[32 warps, 4]``; weights are of a warp's page."""
     token = low_bits(entry, 8).to(gl.int64)
     weight = gl.load(weights + (token * G)[:, None] + head, mask=head < G, other=0.0)
-    return times(weight, residual[:, None])
+    return multiply(weight, residual[:, None])
 
 
 @gluon.jit
