@@ -45,6 +45,17 @@ LIMIT_SECONDS = 560.0
 GRACE_SECONDS = 15.0
 """After the limit a device that hangs is left: rows are written and the process ends."""
 
+PARTS = {
+    "ceilings": 35,
+    "decode": 115,
+    "captured": 60,
+    "kernels": 25,
+    "model": 40,
+    "pack": 25,
+    "prefill": 35,
+}
+"""Seconds of each part behind the tests and checks."""
+
 TEST_SECONDS = 110.0
 CHECK_SECONDS = 115.0
 """These and those of the parts together are the limit, so that none starves another. What is left
@@ -60,7 +71,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--despite-failures", action="store_true", help="time, and mark every row invalid"
     )
-    parser.add_argument("--only", nargs="+", metavar="PART", help="of the parts behind the checks")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}"
+    )
     parser.add_argument("--commit", help="where there is no git; else the checkout is asked")
     parser.add_argument("-o", "--output", type=Path)
     return parser.parse_args(given)
@@ -171,19 +184,18 @@ def _all_parts(bench: Bench, options: argparse.Namespace, total: Deadline) -> No
         report.rows[-1]["note"] = "timed all the same, as asked"
         report.invalid = "INVALID: checks failed"
     parts = {
-        "ceilings": (35, gpu_ceilings.run),
-        "decode": (115, gpu_decode.run),
-        "captured": (60, gpu_captured.run),
-        "kernels": (25, gpu_kernel_times.run),
-        "model": (40, gpu_model.run),
-        "pack": (25, gpu_pack.run),
-        "prefill": (35, gpu_prefill.run),
+        "ceilings": gpu_ceilings.run,
+        "decode": gpu_decode.run,
+        "captured": gpu_captured.run,
+        "kernels": gpu_kernel_times.run,
+        "model": gpu_model.run,
+        "pack": gpu_pack.run,
+        "prefill": gpu_prefill.run,
     }
-    chosen = list(options.only or parts)
+    chosen = list(options.only or PARTS)
     for place, name in enumerate(chosen):
-        seconds, part = parts[name]
-        shares = sum(parts[other][0] for other in chosen[place:])
-        run(name, seconds * max(1.0, total.left / shares), part)
+        shares = sum(PARTS[other] for other in chosen[place:])
+        run(name, PARTS[name] * max(1.0, total.left / shares), parts[name])
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ MULTIPROCESSORS = 132
 SHARED_TILES = ("16x16x8xf16", "4x64x8xf32")
 """Weights and scores of a page, all that the fast path passes through shared memory."""
 
+SHARED_BYTES = 12320
+"""These, and 32 bytes in which a factor of each head changes lanes: conversions of layouts add."""
+
 WINDOW = 1 + PAGE_TOKENS
 """Exact tokens that there is room for: a sink and a page."""
 
@@ -135,10 +138,11 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
     total += issued(merge, rounds) * G / splits
     if shape.fast:
         codes.append(code(decode_pages, main.warps))
-        if codes[-1].shared_tiles != SHARED_TILES:
+        held = (codes[-1].shared_tiles, codes[-1].shared_bytes)
+        if held != (SHARED_TILES, SHARED_BYTES):
             raise ValueError(
-                f"decode_pages has {codes[-1].shared_tiles} in shared memory, expected its scores "
-                f"and weights, {SHARED_TILES}: keys and values stay in registers"
+                f"decode_pages has {held} in shared memory, expected its scores and weights, "
+                f"{(SHARED_TILES, SHARED_BYTES)}: keys and values stay in registers"
             )
         inner = [loop.name for loop in codes[-1].nest.loops if loop.name != "0"]
         total += issued(codes[-1], {"0": pages, **dict.fromkeys(inner, shape.key_bits)})

@@ -18,8 +18,9 @@ from triton.runtime.jit import KernelInterface
 from kvq_kernels import decode as decode_module
 
 PART = "decode kernels"
-KERNELS = tuple(
-    name for name, found in vars(decode_module).items() if isinstance(found, KernelInterface)
+KERNELS = (
+    "decode_pages",
+    *(name for name, found in vars(decode_module).items() if isinstance(found, KernelInterface)),
 )
 """What a decode step launches, compiled or interpreted."""
 
@@ -115,18 +116,18 @@ def _by_events(lap: Lap, *, device: torch.device, laps: int) -> dict[str, Timing
 
 @contextmanager
 def _replaced(wrap: Callable[[str, Any], Any]) -> Iterator[None]:
-    # Side passes of the fast path have the names of the others, in modules of their own.
-    modules = (decode_module, decode_module.nvidia_keys, decode_module.nvidia_values)
-    stock = [
-        (module, name, vars(module)[name])
-        for module in modules
-        for name in KERNELS
-        if isinstance(vars(module).get(name), KernelInterface)
-    ]
+    module = vars(decode_module)
+    stock = {name: module[name] for name in KERNELS if name in module}
+    fast_kernels = decode_module.fast_kernels
+    # Side passes of the fast path have the names of the others.
+    decode_module.fast_kernels = lambda: tuple(
+        wrap(kernel.__name__, kernel) for kernel in fast_kernels()
+    )
     try:
-        for module, name, kernel in stock:
-            setattr(module, name, wrap(name, kernel))
+        for name, kernel in stock.items():
+            setattr(decode_module, name, wrap(name, kernel))
         yield
     finally:
-        for module, name, kernel in stock:
-            setattr(module, name, kernel)
+        decode_module.fast_kernels = fast_kernels
+        for name, kernel in stock.items():
+            setattr(decode_module, name, kernel)

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 
 from kvq_formats import outliers
+from kvq_formats.errors import KVQError
 from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.decode_buffers import DecodeShape, decode_buffers
 from kvq_kernels.decode_exact import exact_splits
@@ -37,7 +38,7 @@ from kvq_kernels.launch import (
     page_splits,
     warp_lanes,
 )
-from kvq_kernels.launch_table import decode_launch
+from kvq_kernels.launch_table import PATH_VARIABLE, decode_launch
 from kvq_kernels.packed_rows import PackedRows
 from kvq_kernels.phases import Phases
 from kvq_kernels.scores import score_arguments
@@ -181,7 +182,7 @@ def decode(
         "residual_step": tables.parameters.value.outlier_step,
         "CAPACITY": shape.value_list,
     }
-    kernels = _fast_kernels() if fast else (key_outlier_scores, decode_splits, value_outlier_sums)
+    kernels = fast_kernels() if fast else (key_outlier_scores, decode_splits, value_outlier_sums)
     score_outliers, read_pages, sum_outliers = kernels
     with current(device):
         if max_pages:
@@ -201,12 +202,21 @@ def decode(
     return output
 
 
-def _fast_kernels() -> tuple[Any, Any, Any]:
-    """Gluon changes between versions of Triton: whoever does not run it does not load it."""
-    from kvq_kernels.nvidia.decode_pages import decode_pages
-    from kvq_kernels.nvidia.key_outliers import key_outlier_scores
-    from kvq_kernels.nvidia.value_outliers import value_outlier_sums
+def fast_kernels() -> tuple[Any, Any, Any]:
+    """The fast path's outliers of keys, pages, and outliers of values.
 
+    Gluon changes between versions of Triton: whoever does not run it does not load it. Raises
+    KVQError where it does not load.
+    """
+    try:
+        from kvq_kernels.nvidia.decode_pages import decode_pages
+        from kvq_kernels.nvidia.key_outliers import key_outlier_scores
+        from kvq_kernels.nvidia.value_outliers import value_outlier_sums
+    except (ImportError, AttributeError) as error:
+        raise KVQError(
+            f"the fast decode kernels do not load with Triton {triton.__version__}: {error}",
+            hint=f"{PATH_VARIABLE}=portable in the environment, or Triton 3.6 or 3.7",
+        ) from error
     return key_outlier_scores, decode_pages, value_outlier_sums
 
 

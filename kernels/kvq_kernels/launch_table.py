@@ -5,12 +5,18 @@ Nothing is tried out on the device: the same cache and device run the same code 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from kvq_formats.errors import ConfigError
+
 Path = Literal["registers", "portable"]
 """``registers``: ``kvq_kernels.nvidia``; ``portable``: ``decode_splits``."""
+
+
+PATH_VARIABLE = "KVQ_DECODE_PATH"
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,18 @@ def decode_launch(
     group_size: int,
     irregular: bool = False,
 ) -> DecodeLaunch:
-    """Launch for keys and values of ``bits``; ``irregular``: the cache has pages that jump."""
-    for line in TABLE:
+    """Launch for keys and values of ``bits``; ``irregular``: the cache has pages that jump.
+
+    With KVQ_DECODE_PATH=portable in the environment all layers take the portable path. Raises
+    ConfigError for any other value of it but ``auto``.
+    """
+    wanted = os.environ.get(PATH_VARIABLE, "auto")
+    if wanted not in ("auto", "portable"):
+        raise ConfigError(
+            f"{PATH_VARIABLE} is {wanted!r}, expected auto or portable.",
+            hint=f"unset {PATH_VARIABLE}",
+        )
+    for line in TABLE if wanted == "auto" else TABLE[-1:]:
         if (
             architecture.startswith(line.architectures)
             and (line.bits is None or set(bits) <= set(line.bits))

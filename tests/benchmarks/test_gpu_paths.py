@@ -47,14 +47,14 @@ def test_the_launch_of_the_main_kernel_is_kept(monkeypatch: pytest.MonkeyPatch) 
             return lambda **given: launched.append((grid, given))
 
     def step() -> torch.Tensor:
-        decode_module.decode_pages[2, 3, 1](lengths=7, H=3, num_warps=1)
+        decode_module.fast_kernels()[1][2, 3, 1](lengths=7, H=3, num_warps=1)
         return torch.zeros(1)
 
     kernel = Kernel()
-    monkeypatch.setattr(decode_module, "decode_pages", kernel)
+    monkeypatch.setattr(decode_module, "fast_kernels", lambda: (None, kernel, None))
     found = launch_of(step)
     assert found is not None
-    assert decode_module.decode_pages is kernel
+    assert decode_module.fast_kernels()[1] is kernel
     found.again(kernel, lengths=8)()
     assert launched == [
         ((2, 3, 1), {"lengths": 7, "H": 3, "num_warps": 1}),

@@ -39,8 +39,6 @@ from kvq_kernels.nvidia.prefetch import prefetch
 from kvq_kernels.page_entries import CUT, PAGE_IDS
 from kvq_kernels.scores import soft_capped
 
-SMALLEST_SCALE = gl.constexpr(2.0**-24)
-
 
 @gluon.jit
 def _all_heads(numbers, WIDTH: gl.constexpr):
