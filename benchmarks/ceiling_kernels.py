@@ -34,6 +34,7 @@ from kvq_kernels.nvidia.layouts import (
     lookup_words,
     place_of,
     query_operand,
+    reinterpret,
     sums_of_lanes,
     token_of_row,
 )
@@ -238,7 +239,7 @@ def score_pages(
     query_place = place_of(gl.arange(0, 2 * CHUNK, gl.SliceLayout(1, QUERIES)), HALF, 8)[:, None]
     query_place += query_head * D
     scores = gl.allocate_shared_memory(gl.float32, [4, 64, HEADS], PLAIN)
-    page_scores = scores._reinterpret(gl.float32, [256, HEADS], PLAIN).slice(0, GROUP_WIDTH, 1)
+    page_scores = reinterpret(scores, gl.float32, [256, HEADS], PLAIN).slice(0, GROUP_WIDTH, 1)
     sums = gl.zeros([32, GROUP_WIDTH], gl.float32, ROWS)
     for index in range(start, end):
         place = (_page(block_table, batch, table_width, index) * H + head) * (K_BITS * 8 * D)

@@ -145,7 +145,8 @@ def measure_decode(shape: Shape, target: Target) -> Measured:
                 f"{(SHARED_TILES, SHARED_BYTES)}: keys and values stay in registers"
             )
         inner = [loop.name for loop in codes[-1].nest.loops if loop.name != "0"]
-        total += issued(codes[-1], {"0": pages, **dict.fromkeys(inner, shape.key_bits)})
+        assert inner == ["0.0"], "one loop over pages, and one over planes of keys"
+        total += issued(codes[-1], {"0": pages, "0.0": shape.key_bits})
     else:
         codes.append(code(decode_splits, main.warps, stages=1))
         total += issued(codes[-1], {"0": pages})

@@ -109,8 +109,9 @@ def scratch_bytes(
         exact_room: exact tokens that a row has room for, E.
         device: decides which kernels run, and how many programs share a row.
     """
-    found = []
-    # What a model rotates is not known here, and decides between two paths.
+    sizes: dict[str, int] = {}
+    # What a model rotates is not known here, and decides between two paths; a cache whose positions
+    # begin to jump goes from one to the other, and a workspace keeps what both have asked for.
     for rotary_dim in (0, head_dim):
         launch = decode_launch(
             architecture(device),
@@ -133,6 +134,6 @@ def scratch_bytes(
             key_pool=outliers.key_pool_capacity(config, head_dim),
             value_list=outliers.value_list_capacity(config, num_kv_heads, head_dim),
         )
-        buffers = decode_buffers(shape, launch).values()
-        found.append(sum(prod(size) * dtype.itemsize for size, dtype in buffers))
-    return max(found) + 4 * batch * num_heads * head_dim
+        for name, (size, dtype) in decode_buffers(shape, launch).items():
+            sizes[name] = max(sizes.get(name, 0), prod(size) * dtype.itemsize)
+    return sum(sizes.values()) + 4 * batch * num_heads * head_dim

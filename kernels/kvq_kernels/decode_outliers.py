@@ -12,11 +12,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvq_kernels.page_entries import PAGE_IDS, token_positions
+from kvq_kernels.page_entries import GROWING, PAGE_IDS, token_positions
 from kvq_kernels.phases import cos_sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def key_outlier_scores(
     turned,
     sizes,
@@ -114,7 +114,7 @@ def key_outlier_scores(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def value_outlier_sums(
     lists,
     offsets,

@@ -12,7 +12,7 @@ from typing import Final
 import triton
 import triton.language as tl
 
-from kvq_kernels.page_entries import PAGE_IDS
+from kvq_kernels.page_entries import GROWING, PAGE_IDS
 from kvq_kernels.phases import cos_sin
 
 TURN_PAGES: Final = tl.constexpr(8)
@@ -49,7 +49,7 @@ def _keep(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def turn_queries(
     query,
     block_table,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvq_kernels.page_entries import CUT, PAGE_IDS, token_positions
+from kvq_kernels.page_entries import CUT, GROWING, PAGE_IDS, token_positions
 from kvq_kernels.pair_lookup import GROUP, decode_pairs, group_shift, group_words
 from kvq_kernels.phases import cos_sin
 from kvq_kernels.scores import soft_capped
@@ -158,7 +158,7 @@ def _values(
     return decode_pairs(coded, group_shift(pair // 8, group, BITS)[None, :], value_table, BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def decode_splits(
     turned,
     sizes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from dense_attention import dense_row
 from kvq_kernels import decode
 from kvq_kernels.attention import AttentionOptions
 from kvq_kernels.launch_table import DecodeLaunch
-from packed_cases import cut_last_pages, make_case
+from kvq_kernels.packed_rows import PAGE_ID_MASK, table_entry
+from packed_cases import PackedCase, cut_last_pages, make_case
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("KVQ_TEST_DEVICE", "cpu") == "cpu",
@@ -63,7 +65,7 @@ def test_ragged_rows(bits: int, device: torch.device) -> None:
         {"value_grain": "head", "H": 2},
         {"rotary_scaling": 2.0},
         {"dtype": torch.bfloat16},
-        {"D": 256, "G": 2},
+        {"D": 256, "G": 2, "H": 2},
         {"D": 256, "key_bits": 2, "value_bits": 4},
     ],
 )
@@ -112,3 +114,63 @@ def test_any_numbers_near_a_million(bits: int, device: torch.device) -> None:
     error = (found - dense.output).square().mean().sqrt()
     assert error <= 1.5 * expected
     assert dense.output.square().mean().sqrt() > 20 * expected
+
+
+def tight(case: PackedCase) -> PackedCase:
+    """With a block table that ends where the longest row does."""
+    pages = int(case.rows.lengths[:, 0].max())
+    table = case.rows.block_table[:, :pages].contiguous()
+    return replace(case, rows=replace(case.rows, block_table=table))
+
+
+@pytest.mark.parametrize("G", [1, 4, 8])
+def test_nothing_behind_the_last_page(G: int, device: torch.device) -> None:
+    check(tight(make_case(tokens=(1100, 300, 900), H=2, G=G)), device)
+
+
+def test_a_single_page(device: torch.device) -> None:
+    check(tight(make_case(tokens=(400, 300, 40), H=3, G=2, D=128)), device)
+
+
+def test_more_room_in_the_table_changes_nothing(device: torch.device) -> None:
+    case = make_case(tokens=(1100, 300), H=2, G=4)
+    options = AttentionOptions(scaling=case.scaling)
+    wide = torch.nn.functional.pad(case.rows.block_table, (0, 5), value=table_entry(10**6, 1))
+    roomy = replace(case, rows=replace(case.rows, block_table=wide))
+    found = run(case, options, device, splits=2)
+    assert torch.equal(found, run(roomy, options, device, splits=2))
+    assert torch.equal(found, run(roomy, options, device, splits=2, max_pages=4))
+
+
+def test_what_lies_behind_the_outliers(device: torch.device) -> None:
+    """Pools and lists are read to their end; what is behind the last entry adds nothing."""
+    case = make_case(tokens=(1100, 300, 0), H=2, D=128, spread=1.005)
+    keys, values = case.rows.key_pages, case.rows.value_pages
+
+    def filled(entries: Tensor, used: Tensor) -> Tensor:
+        behind = torch.arange(entries.shape[-1]) >= used[..., None]
+        assert behind.any()
+        return torch.where(behind, torch.full_like(entries, 0x7ABC), entries)
+
+    pools = filled(keys.outliers, keys.outlier_counts.long().sum(-1))
+    lists = filled(values.outliers, values.outlier_offsets.long()[..., -1])
+    rows = replace(
+        case.rows,
+        key_pages=replace(keys, outliers=pools),
+        value_pages=replace(values, outliers=lists),
+    )
+    check(replace(case, rows=rows), device)
+
+
+def test_half_ranges_that_fall_and_rise(device: torch.device) -> None:
+    """Sums of values are kept in units of the last page's widest half-range."""
+    case = make_case(tokens=(1600,))
+    scales = case.rows.value_pages.scales.clone()
+    for index, factor in enumerate((100.0, 0.001, 30.0, 0.01, 1.0)):
+        scales[int(case.rows.block_table[0, index]) & PAGE_ID_MASK] *= factor
+    rows = replace(case.rows, value_pages=replace(case.rows.value_pages, scales=scales))
+    case = replace(case, rows=rows)
+    options = AttentionOptions(scaling=case.scaling)
+    found = run(case, options, device, splits=1)
+    dense = dense_row(case, 0, options)
+    assert ((found[0] - dense.output).abs() <= exact_bound(case, 0, dense, options)).all()

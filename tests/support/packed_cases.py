@@ -133,7 +133,8 @@ def make_case(
     if not exact:
         frequencies = 500_000.0 ** (-torch.arange(R // 2, dtype=torch.float64) / max(1, R // 2))
     query = steps(B, H * G, D, of=0.125, least=-8, most=8) if exact else normal(B, H * G, D)
-    query[..., 0] = 2.0
+    # The largest number of each head, by which kernels divide.
+    query[..., 0] = 2.0 ** torch.randint(1, 4, (B, H * G), generator=generator)
     rows = PackedRows(
         key_pages=key_pages,
         value_pages=value_pages,

@@ -30,13 +30,14 @@ from kvq_kernels.nvidia.layouts import (
     lookup_words,
     place_of,
     query_operand,
+    reinterpret,
     sums_of_lanes,
     token_of_row,
 )
 from kvq_kernels.nvidia.page_scores import load_scales, write_page_scores
 from kvq_kernels.nvidia.page_values import weighted_values
 from kvq_kernels.nvidia.prefetch import prefetch
-from kvq_kernels.page_entries import CUT, PAGE_IDS
+from kvq_kernels.page_entries import CUT, GROWING, PAGE_IDS
 from kvq_kernels.scores import soft_capped
 
 
@@ -48,7 +49,7 @@ def _all_heads(numbers, WIDTH: gl.constexpr):
     return gl.convert_layout(numbers, gl.SliceLayout(0, MMA))[None, :]
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=GROWING)
 def decode_pages(
     page_queries,
     sizes,
@@ -137,9 +138,9 @@ def decode_pages(
     ones = gl.full([16, 16], 1.0, gl.float16, A)
 
     scores = gl.allocate_shared_memory(gl.float32, [4, 64, HEADS], PLAIN)
-    page_scores = scores._reinterpret(gl.float32, [256, HEADS], PLAIN).slice(0, GROUP_WIDTH, 1)
+    page_scores = reinterpret(scores, gl.float32, [256, HEADS], PLAIN).slice(0, GROUP_WIDTH, 1)
     shared_weights = gl.allocate_shared_memory(gl.float16, [16, 16, HEADS], PLAIN)
-    page_weights = shared_weights._reinterpret(gl.float16, [256, HEADS], PLAIN).slice(
+    page_weights = reinterpret(shared_weights, gl.float16, [256, HEADS], PLAIN).slice(
         0, GROUP_WIDTH, 1
     )
 

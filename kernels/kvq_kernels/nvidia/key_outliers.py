@@ -18,10 +18,10 @@ from kvq_kernels.nvidia.turned_entries import (
     scaled_half_ranges,
     turned_entry,
 )
-from kvq_kernels.page_entries import PAGE_IDS
+from kvq_kernels.page_entries import GROWING, PAGE_IDS
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=GROWING)
 def key_outlier_scores(
     turned,
     sizes,
@@ -137,4 +137,3 @@ def key_outlier_scores(
                     scores = (upto_next - upto_here).to(gl.float16)
                     gl.store(kept + k * G + heads, scores, mask=heads < G)
                     upto_here = upto_next
-            barrier()

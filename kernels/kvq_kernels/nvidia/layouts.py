@@ -60,6 +60,10 @@ QUERIES: Final = gl.constexpr(
 )  # fmt: skip
 """f16 ``[2 CHUNK, HEADS]``, channels as in KEY_WORDS."""
 
+_TILE: Final = gl.shared_memory_descriptor
+reinterpret: Final = getattr(_TILE, "reinterpret", None) or _TILE._reinterpret
+"""A tile in shared memory with another shape: Triton 3.9 has given it a public name."""
+
 
 @gluon.constexpr_function
 def page_scores(width):

@@ -22,7 +22,7 @@ from kvq_kernels.nvidia.entry_sums import (
     selector,
 )
 from kvq_kernels.nvidia.half_pairs import multiply
-from kvq_kernels.page_entries import PAGE_IDS
+from kvq_kernels.page_entries import GROWING, PAGE_IDS
 
 
 @gluon.jit
@@ -33,7 +33,7 @@ def _products(entry, residual, weights, head, G: gl.constexpr):
     return multiply(weight, residual[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=GROWING)
 def value_outlier_sums(
     lists,
     offsets,
