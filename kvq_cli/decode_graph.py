@@ -43,11 +43,19 @@ class DecodeGraph:
 
 @contextmanager
 def decode_graph(
-    output: Output, model: PreTrainedModel, cache: PackedCache, *, wanted: bool | None
+    output: Output,
+    model: PreTrainedModel,
+    cache: PackedCache,
+    *,
+    wanted: bool | None,
+    silent: bool = False,
 ) -> Iterator[DecodeGraph]:
     """Decode from a CUDA graph while the context is open, if the model and its device allow it.
 
-    ``wanted``: False never does; True does or raises KVQError; None says why not, on a GPU.
+    Args:
+        output, model, cache: of the command.
+        wanted: False never does; True does or raises KVQError; None says why not, on a GPU.
+        silent: say nothing, because attention that cannot be captured was asked for.
     """
     from kvq_formats.errors import KVQError
     from kvq_runtime.captured_decode import CapturedDecode
@@ -60,7 +68,7 @@ def decode_graph(
     except KVQError as refused:
         if wanted:
             raise
-        if model.device.type == "cuda":
+        if model.device.type == "cuda" and not silent:
             output.note(f"each token is decoded from Python: {refused.message}")
         yield DecodeGraph(reason=refused.message)
         return

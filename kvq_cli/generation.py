@@ -152,7 +152,10 @@ class Run:
         model = self.loaded.model
         with attach(model, self.sidecar, rule=self.rule, impl=self.requested):
             cache = PackedCache(model, self.sidecar, capacity=self.room.capacity)
-            with decode_graph(output, model, cache, wanted=self.cuda_graph) as graph:
+            is_slow_by_choice = self.requested == "reference"
+            with decode_graph(
+                output, model, cache, wanted=self.cuda_graph, silent=is_slow_by_choice
+            ) as graph:
                 try:
                     generation = stream_text(
                         output,

@@ -75,7 +75,10 @@ def generate(
         option(
             "--cuda-graph/--no-cuda-graph",
             panel=QUANTIZATION,
-            help="Capture the step of a token once and replay it, or refuse to run.",
+            help=(
+                "Decode from a CUDA graph; --cuda-graph fails where that is impossible, "
+                "--no-cuda-graph never tries."
+            ),
             default="on a GPU, where the model allows it",
         ),
     ] = None,
@@ -192,11 +195,20 @@ def generate(
         prefill_chunk = None
     if overruled(context, "exact_prefill", by="prefill_chunk"):
         exact_prefill = False
+    if cuda_graph and overruled(context, "impl", by="cuda_graph"):
+        impl = "auto"
+    if impl == "reference" and overruled(context, "cuda_graph", by="impl"):
+        cuda_graph = None
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
     asked_context = None if size is None else parse_tokens(size, flag="--context")
     if exact_prefill and prefill_chunk is not None:
         raise ConfigError(
             "--exact-prefill reads the prompt in one piece, and --prefill-chunk in several.",
+            hint="leave one of them out",
+        )
+    if cuda_graph and impl == "reference":
+        raise ConfigError(
+            "--cuda-graph captures Triton kernels, and --impl reference runs none.",
             hint="leave one of them out",
         )
     # Before the libraries are imported, which takes seconds.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvq_formats.errors import KVQError
-from kvq_runtime.cache import PackedCache
+from kvq_runtime.cache import PackedCache, adopt, cache_layers
 from kvq_runtime.layer import PackedLayer
-from kvq_runtime.rope import rotary_modules
+from kvq_runtime.rope import PREFIX, rotary_modules
 from kvq_runtime.runtime_rule import attached_tap
 
 EAGER = "--no-cuda-graph (in Python: decode without kvq.CapturedDecode)"
@@ -25,9 +26,15 @@ def check_capturable(model: PreTrainedModel, cache: Cache) -> torch.device:
     Everything that persists has to keep its address, and nothing may be decided by the host.
     """
     tap = attached_tap(model)
+    if tap is None and str(model.config._attn_implementation).startswith(PREFIX):
+        raise KVQError(
+            "the model is attached with a rule that has no packed cache, which a captured step "
+            "reads.",
+            hint="kvq.attach(model, sidecar, rule='runtime'), or rule='exact-prefill'",
+        )
     if tap is None:
         raise KVQError(
-            "a decode step is captured of an attached model, and this one is not.",
+            "a decode step is captured of an attached model, and this one is not attached.",
             hint="open `with kvq.attach(model, sidecar):` first",
         )
     if tap.impl != "triton":
@@ -39,6 +46,13 @@ def check_capturable(model: PreTrainedModel, cache: Cache) -> torch.device:
         raise KVQError(
             f"a {type(cache).__name__} was passed; a captured step reads a packed cache.",
             hint="kvq.PackedCache(model, sidecar, capacity=N)",
+        )
+    expected = len(cache_layers(model.config, tap.codecs))
+    if len(cache.layers) != expected:
+        raise KVQError(
+            f"the cache belongs to another model: it has {len(cache.layers)} layers, expected "
+            f"{expected}.",
+            hint="kvq.PackedCache(model, sidecar, capacity=N), of this model",
         )
     for layer in cache.layers:
         if not isinstance(layer, PackedLayer):
@@ -69,9 +83,12 @@ def check_capturable(model: PreTrainedModel, cache: Cache) -> torch.device:
     if len(devices) > 1:
         found = ", ".join(sorted(map(str, devices)))
         raise KVQError(
-            f"the model and its cache lie on {found}; a CUDA graph belongs to one GPU.",
+            f"the model and its cache lie on several devices ({found}); a CUDA graph belongs to "
+            "one GPU.",
             hint=f"--device-map cuda, or {EAGER}",
         )
+    # Another sidecar's cache is refused here, as every forward would.
+    adopt(cache, model, tap.codecs)
     return devices.pop()
 
 
@@ -80,7 +97,26 @@ def check_cuda(device: torch.device) -> None:
     if device.type != "cuda":
         raise KVQError(
             f"CUDA graphs need a CUDA or ROCm GPU; the model is on {device}.",
-            hint=f"--device-map cuda where there is a GPU, or {EAGER}",
+            hint='--device-map cuda (in Python: model.to("cuda") before kvq.attach) where there is '
+            f"a GPU, or {EAGER}",
+        )
+
+
+def check_token_ids(token_ids: Tensor, rows: int) -> None:
+    """Raise KVQError for what is no integer tensor ``[rows]`` or ``[rows, 1]``."""
+    hint = f"an integer tensor of shape [{rows}] or [{rows}, 1]"
+    if not isinstance(token_ids, Tensor):
+        raise KVQError(
+            f"token_ids is a {type(token_ids).__name__}, expected a tensor of integers.", hint=hint
+        )
+    kind = token_ids.dtype
+    if kind == torch.bool or kind.is_floating_point or kind.is_complex:
+        raise KVQError(f"token_ids is of {kind}, expected integers.", hint=hint)
+    if tuple(token_ids.shape) not in ((rows,), (rows, 1)):
+        raise KVQError(
+            f"token_ids is {list(token_ids.shape)}; the cache holds {rows} rows, and a step takes "
+            "one token of each.",
+            hint=hint,
         )
 
 

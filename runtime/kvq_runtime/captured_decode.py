@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +23,7 @@ from transformers import PreTrainedModel
 
 from kvq_formats.errors import KVQError
 from kvq_runtime.cache import PackedCache, check_whole, packed_layers
-from kvq_runtime.capturable import check_capturable, check_cuda
+from kvq_runtime.capturable import check_capturable, check_cuda, check_token_ids
 from kvq_runtime.cuda_graph import Capture, CaptureError, Recording, capture_cuda_graph
 from kvq_runtime.decode_step import DecodeStep
 from kvq_runtime.layer_step import addresses, count_token, prepare_token
@@ -30,6 +33,17 @@ from kvq_runtime.runtime_rule import attached_tap
 from kvq_runtime.step_arguments import StepArguments
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Patch:
+    """A forward that stands in for a model's own: what was there, and whether it still counts."""
+
+    before: Callable[..., Any] | None
+    is_open: bool = True
+
+
+_patches: weakref.WeakKeyDictionary[Callable[..., Any], _Patch] = weakref.WeakKeyDictionary()
 
 
 class CapturedDecode(AbstractContextManager["CapturedDecode"]):
@@ -63,10 +77,11 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
 
         Raises KVQError where such a step cannot be captured, and says why.
         """
-        device = check_capturable(model, cache)
         if capture is None:
-            check_cuda(device)
-        self.model, self.cache, self.device = model, cache, device
+            # First: without a GPU no other change would help.
+            check_cuda(model.device)
+        self.model, self.cache = model, cache
+        self.device = check_capturable(model, cache)
         self.captures = self.replays = 0
         self.refused: CaptureError | None = None
         self._eager_if_refused = eager_if_refused
@@ -76,6 +91,8 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         self._recorded: Recording | None = None
         self._recorded_for: tuple[object, ...] = ()
         self._stock: Any = model.forward
+        self._patched: Callable[..., Any] | None = None
+        self._passed = self._replays_before = 0
         self._new_rows()
 
     def step(self, token_ids: Tensor) -> Tensor:
@@ -89,7 +106,7 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         Raises:
             CacheFullError: there is no room for another token.
             CaptureError: the model does what a CUDA graph cannot hold.
-            KVQError: another number of tokens than rows, or the attachment is closed.
+            KVQError: token_ids is no such tensor, or the attachment is closed.
         """
         if attached_tap(self.model) is not self._tap:
             raise KVQError(
@@ -100,12 +117,7 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         first = self._layers[0]
         self._match_rows()
         B = len(first.rows)
-        if tuple(token_ids.shape) not in ((B,), (B, 1)):
-            raise KVQError(
-                f"token_ids is {list(token_ids.shape)}; the cache holds {B} rows, and a step takes "
-                "one token of each.",
-                hint=f"token_ids of shape [{B}] or [{B}, 1]",
-            )
+        check_token_ids(token_ids, B)
         for layer in self._layers:
             prepare_token(layer)
         recorded = self._recording()
@@ -123,16 +135,24 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         return logits
 
     def __enter__(self) -> Self:
-        self._before = self.model.__dict__.get("forward")
-        self._stock = self.model.forward
+        if self._patched is not None:
+            raise KVQError(
+                "this CapturedDecode is open already.",
+                hint="leave its `with` first; inside, the model replays as it is",
+            )
+        patch = _Patch(self.model.__dict__.get("forward"))
+        self._stock = stock = self.model.forward
+        self._passed, self._replays_before = 0, self.replays
 
         # With the signature of the stock forward, which generate inspects.
-        @functools.wraps(self._stock)
+        @functools.wraps(stock)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
+            # Closed, it may still be called by one that was opened later and is open.
+            return (self._forward if patch.is_open else stock)(*args, **kwargs)
 
         # An instance's own forward is what a call of the model finds.
-        self.model.forward = forward
+        self.model.forward = self._patched = forward
+        _patches[forward] = patch
         return self
 
     def __exit__(
@@ -141,19 +161,28 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._before is None:
-            del self.model.forward
-        else:
-            self.model.forward = self._before
+        forward, self._patched = self._patched, None
         self._recorded = None
+        if forward is None:
+            return
+        _patches[forward].is_open = False
+        # Another forward on top stays; who put it there takes ours away, too, if it is one of us.
+        if self.model.__dict__.get("forward") is forward:
+            _restore(self.model, forward)
+        if kind is None and self.refused is None and self.replays == self._replays_before:
+            self._say_what_passed()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward: replayed where it goes on by one token a row, else its own."""
-        if self.refused is not None:
+        # A step that is captured now, by another one for the same cache, is captured as it is.
+        if self.refused is not None or self.cache.step is not None:
             return self._stock(*args, **kwargs)
         self._match_rows()
-        ids = self._arguments.token_ids(named_arguments(self._stock, args, kwargs))
+        given = named_arguments(self._stock, args, kwargs)
+        ids = self._arguments.token_ids(given)
         if ids is None:
+            fed = given.get("input_ids")
+            self._passed += isinstance(fed, Tensor) and fed.shape[-1] == 1
             return self._stock(*args, **kwargs)
         try:
             logits = self.step(ids)
@@ -167,6 +196,15 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         kind: Any = type(self._recorded.result)
         # A copy: who calls a model keeps what it returned.
         return kind(logits=logits[:, None].clone(), past_key_values=self.cache)
+
+    def _say_what_passed(self) -> None:
+        if self._passed:
+            logger.warning(
+                "none of %d forwards of one token was replayed: they did not go on where the cache "
+                "of this CapturedDecode stands, or asked for more than logits; pass that cache as "
+                "past_key_values",
+                self._passed,
+            )
 
     def _match_rows(self) -> None:
         """Start anew where the cache has another number of rows by now."""
@@ -222,3 +260,14 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
             self.cache.step = None
         self._step.end()
         return output
+
+
+def _restore(model: PreTrainedModel, forward: Callable[..., Any]) -> None:
+    """Put back what was there before ``forward``, and before those below it that are closed."""
+    before: Callable[..., Any] | None = forward
+    while before is not None and (patch := _patches.get(before)) and not patch.is_open:
+        before = patch.before
+    if before is None:
+        del model.forward
+    else:
+        model.forward = before

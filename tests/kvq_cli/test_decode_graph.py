@@ -91,10 +91,49 @@ def test_the_command(kvq: Kvq, sidecar: Path) -> None:
     given = ("generate", "--sidecar", sidecar, "-p", "they would go", "--max-new-tokens", 3)
     ran = kvq(*given, "--json")
     assert ran.json["cuda_graph"]["replays"] == 0
-    assert "'reference'" in ran.json["cuda_graph"]["reason"]
+    assert "the model is on cpu" in ran.json["cuda_graph"]["reason"]
     assert kvq(*given, "--no-cuda-graph", "--json").json["cuda_graph"]["reason"] is None
     refused = kvq(*given, "--cuda-graph", "--json")
     assert refused.code == 1
     error = refused.json["error"]
     assert error["message"] == "CUDA graphs need a CUDA or ROCm GPU; the model is on cpu."
     assert "--no-cuda-graph" in error["hint"]
+    assert 'model.to("cuda")' in error["hint"]
+
+
+def test_what_contradicts_a_graph(kvq: Kvq, sidecar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("generate", "--sidecar", sidecar, "-p", "they would go", "--max-new-tokens", 3)
+    refused = kvq(*given, "--impl", "reference", "--cuda-graph", "--json")
+    assert refused.code == 2
+    error = refused.json["error"]
+    assert error["message"] == (
+        "--cuda-graph captures Triton kernels, and --impl reference runs none."
+    )
+    assert error["hint"] == "leave one of them out"
+    assert kvq(*given, "--impl", "reference", "--no-cuda-graph").code == 0
+    # What the command line says overrules the environment.
+    monkeypatch.setenv("KVQ_CUDA_GRAPH", "1")
+    assert kvq(*given, "--impl", "reference").code == 0
+    monkeypatch.delenv("KVQ_CUDA_GRAPH")
+    monkeypatch.setenv("KVQ_IMPL", "reference")
+    assert kvq(*given, "--cuda-graph", "--json").code == 1
+    monkeypatch.setenv("KVQ_CUDA_GRAPH", "1")
+    assert kvq(*given).code == 2
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_choice_is_not_commented(
+    model_and_cache: tuple[Any, PackedCache],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    silent: bool,
+) -> None:
+    """On a GPU a refusal is a note, but not of attention that was asked for."""
+    model, cache = model_and_cache
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr("kvq_runtime.captured_decode.check_cuda", lambda _: None)
+    cache.layers[0].capacity = None
+    with decode_graph(Output(), model, cache, wanted=None, silent=silent) as used:
+        pass
+    assert "the cache grows" in str(used.reason)
+    assert ("each token is decoded from Python" in capsys.readouterr().err) is not silent

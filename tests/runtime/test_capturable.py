@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from kvq_formats.errors import KVQError
 from kvq_runtime.attach import attach
 from kvq_runtime.cache import PackedCache
-from kvq_runtime.capturable import check_capturable
+from kvq_runtime.capturable import check_capturable, check_cuda, check_token_ids
 from tiny_models import make_tiny_family, make_tiny_llama
 from tiny_sidecars import make_sidecar
 
@@ -47,6 +47,58 @@ def test_caches_that_move() -> None:
     assert "sliding window" in error_of(windows).message
 
 
+def test_caches_of_others() -> None:
+    model = make_tiny_llama()
+    for layers in (1, 6):
+        other = make_tiny_llama(num_hidden_layers=layers)
+        cache = PackedCache(other, make_sidecar(3, model=other), capacity=8)
+        error = error_of(model, cache=cache)
+        assert f"it has {layers} layers, expected {len(model.model.layers)}" in error.message
+        assert "kvq.PackedCache" in error.hint
+    cache = PackedCache(model, make_sidecar(2), capacity=8)
+    assert "another sidecar or model" in error_of(model, cache=cache).message
+
+
+def test_a_rule_without_a_packed_cache() -> None:
+    model, sidecar = make_tiny_llama(), make_sidecar(3)
+    cache = PackedCache(model, sidecar, capacity=8)
+    with (
+        attach(model, sidecar, rule="evaluation"),
+        pytest.raises(KVQError, match="a rule that has no packed cache") as found,
+    ):
+        check_capturable(model, cache)
+    assert "rule='runtime'" in found.value.hint
+    assert "rule='exact-prefill'" in found.value.hint
+
+
+def test_no_gpu() -> None:
+    with pytest.raises(KVQError, match="need a CUDA or ROCm GPU; the model is on cpu") as found:
+        check_cuda(torch.device("cpu"))
+    assert 'model.to("cuda") before kvq.attach' in found.value.hint
+    check_cuda(torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1, 2], "token_ids is a list, expected a tensor of integers"),
+        (torch.ones(2).numpy(), "token_ids is a ndarray"),
+        (3, "token_ids is a int"),
+        (torch.ones(2), "token_ids is of torch.float32"),
+        (torch.ones(2, dtype=torch.bool), "token_ids is of torch.bool"),
+        (torch.ones(2, dtype=torch.complex64), "token_ids is of torch.complex64"),
+        (torch.ones(1, 2, dtype=torch.int64), r"token_ids is \[1, 2\]; the cache holds 2 rows"),
+        (torch.ones((), dtype=torch.int64), r"token_ids is \[\]"),
+    ],
+)
+def test_what_is_no_token_of_each_row(given: Any, message: str) -> None:
+    with pytest.raises(KVQError, match=message) as found:
+        check_token_ids(given, 2)
+    assert found.value.hint == "an integer tensor of shape [2] or [2, 1]"
+    for fits in (torch.ones(2, dtype=torch.int32), torch.ones(2, 1, dtype=torch.int64)):
+        check_token_ids(fits, 2)
+
+
 def test_attention_that_asks_the_host() -> None:
     error = error_of(make_tiny_llama(), impl="reference")
     assert "attention runs on 'reference'" in error.message
@@ -76,7 +128,7 @@ def frozen(model: Any) -> None:
     [
         (dynamic, "rotation is 'dynamic'"),
         (nested, "rotation is 'longrope'"),
-        (spread, "lie on cpu, meta"),
+        (spread, r"lie on several devices \(cpu, meta\)"),
         (frozen, "loaded in inference mode"),
     ],
 )

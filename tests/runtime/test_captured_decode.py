@@ -7,7 +7,9 @@ recorder it is a launch like theirs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -381,6 +383,9 @@ def test_steps_that_are_refused(model: LlamaForCausalLM, sidecar: Sidecar) -> No
         captured = CapturedDecode(model, fed.cache, capture=record)
         with pytest.raises(KVQError, match=r"token_ids is \[3\]; the cache holds 2 rows"):
             captured.step(IDS[0, :3])
+        for no_ids in (IDS[:, 0].float(), IDS[:, 0].tolist(), IDS[:, 0].cpu().numpy()):
+            with pytest.raises(KVQError, match=r"token_ids is .* expected"):
+                captured.step(no_ids)
         fed.cache.layers[0].torn = True
         with pytest.raises(KVQError, match="is not whole"):
             captured.step(IDS[:, 0])
@@ -400,6 +405,9 @@ def test_steps_that_are_refused(model: LlamaForCausalLM, sidecar: Sidecar) -> No
 def test_without_a_gpu(model: LlamaForCausalLM, sidecar: Sidecar) -> None:
     fed = Fed(model, sidecar, 3)
     with attached(model, sidecar), pytest.raises(KVQError, match="need a CUDA or ROCm GPU"):
+        CapturedDecode(model, fed.cache)
+    # Where it is the reason, too, why attention runs on the reference.
+    with attach(model, sidecar), pytest.raises(KVQError, match="need a CUDA or ROCm GPU"):
         CapturedDecode(model, fed.cache)
 
 
@@ -460,3 +468,148 @@ def test_fewer_rows(model: LlamaForCausalLM, sidecar: Sidecar) -> None:
             expected = model(ids, past_key_values=eager.cache, **asked)
             assert torch.equal(found.logits, expected.logits)
     assert (captured.captures, captured.replays) == (2, 4)
+
+
+def test_an_open_one_is_not_opened_again(model: LlamaForCausalLM, sidecar: Sidecar) -> None:
+    fed = Fed(model, sidecar, 3)
+    with attached(model, sidecar):
+        captured = CapturedDecode(model, fed.cache, capture=record)
+        with captured:
+            ours = model.forward
+            with pytest.raises(KVQError, match="open already") as found, captured:
+                pass
+            assert found.value.hint
+            assert model.forward is ours
+        assert "forward" not in vars(model)
+        with captured:
+            assert "forward" in vars(model)
+        captured.__exit__(None, None, None)
+    assert "forward" not in vars(model)
+
+
+def test_the_forward_that_was_there_before(model: LlamaForCausalLM, sidecar: Sidecar) -> None:
+    """It is back afterwards, and one that was put on top stays, in whatever order they leave."""
+    fed, other = Fed(model, sidecar, 3), Fed(model, sidecar, 3)
+    theirs: Any = functools.partial(model.forward)
+    free: Any = model
+    with attached(model, sidecar):
+        one, two = (CapturedDecode(model, each.cache, capture=record) for each in (fed, other))
+        free.forward = theirs
+        with one:
+            assert model.forward is not theirs
+        assert model.forward is theirs
+        del free.forward
+        with one:
+            ours = model.forward
+            with two:
+                assert model.forward is not ours
+            assert model.forward is ours
+        one.__enter__()
+        two.__enter__()
+        ours = model.forward
+        one.__exit__(None, None, None)
+        assert model.forward is ours
+        # Opened again it lies above the other, and below it, closed.
+        one.__enter__()
+        model(IDS[:, :2])
+        two.__exit__(None, None, None)
+        one.__exit__(None, None, None)
+        assert "forward" not in vars(model)
+        one.__enter__()
+        free.forward = theirs
+        one.__exit__(None, None, None)
+        assert model.forward is theirs
+        del free.forward
+
+
+@pytest.mark.usefixtures("plain_kernels")
+def test_two_of_one_cache(model: LlamaForCausalLM, sidecar: Sidecar) -> None:
+    """The outer one captures the model's own step, not a step of the inner one."""
+    eager, fed = Fed(model, sidecar, 30), Fed(model, sidecar, 30)
+    with attached(model, sidecar):
+        first, second = (CapturedDecode(model, fed.cache, capture=CAPTURE) for _ in range(2))
+        expected = [eager.eager() for _ in range(3)]
+        with first, second:
+            for one in expected:
+                assert torch.equal(fed.eager(), one)
+    assert (first.replays, second.replays) == (0, 3)
+
+
+@pytest.mark.usefixtures("plain_kernels")
+def test_forwards_that_all_pass_are_told_of(
+    model: LlamaForCausalLM, sidecar: Sidecar, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "kvq_runtime.captured_decode")
+    fed, other = Fed(model, sidecar, 30), Fed(model, sidecar, 30)
+    with attached(model, sidecar):
+        captured = CapturedDecode(model, fed.cache, capture=CAPTURE)
+        with captured:
+            fed.eager(3)
+        with captured:
+            other.eager()
+            fed.eager()
+        wrong = {"attention_mask": other.mask[:, :2], "past_key_values": other.cache}
+        with pytest.raises(KVQError, match="attention_mask is"), captured:
+            model(IDS[:, :1], **wrong)
+        assert not caplog.messages
+        with captured:
+            other.eager(5)
+            other.eager()
+            other.eager()
+        (message,) = caplog.messages
+        assert message.startswith("none of 2 forwards of one token was replayed")
+        # Closed, it steps on.
+        before = captured.captures
+        fed.step(captured)
+        assert captured.captures == before + 1
+
+
+@pytest.mark.usefixtures("plain_kernels")
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_replay_that_fails(
+    model: LlamaForCausalLM, sidecar: Sidecar, error: type[BaseException]
+) -> None:
+    """Nobody knows what it wrote: the cache refuses to go on until it is reset."""
+
+    class Fails:
+        result = None
+
+        def replay(self) -> None:
+            raise error
+
+    fed = Fed(model, sidecar, 30)
+    with attached(model, sidecar):
+        captured = CapturedDecode(model, fed.cache, capture=lambda *_: Fails())
+        with pytest.raises(error):
+            captured.step(IDS[:, 30])
+        with pytest.raises(KVQError, match="is not whole"):
+            captured.step(IDS[:, 30])
+        with pytest.raises(KVQError, match="is not whole"):
+            fed.eager()
+        fed.cache.reset()
+        model(IDS[:, :1], past_key_values=fed.cache)
+    assert captured.replays == 0
+
+
+@pytest.mark.usefixtures("plain_kernels")
+def test_pages_that_moved_are_captured_anew(model: LlamaForCausalLM, sidecar: Sidecar) -> None:
+    """Any one tensor of them, whatever else stays."""
+    eager, replayed = (Fed(model, sidecar, WINDOW + 20) for _ in range(2))
+    pool = replayed.cache.layers[-1].pool
+    with attached(model, sidecar):
+        captured = CapturedDecode(model, replayed.cache, capture=CAPTURE)
+        assert torch.equal(replayed.step(captured), eager.eager())
+        captures = 1
+        for part in ("key", "value"):
+            for field in dataclasses.fields(getattr(pool.slabs[0], part)):
+                (slab,) = pool.slabs
+                pages = getattr(slab, part)
+                moved = {field.name: getattr(pages, field.name).clone()}
+                moved = {part: dataclasses.replace(pages, **moved)}
+                pool.slabs = [dataclasses.replace(slab, **moved)]
+                captured.step(IDS[:, 0])
+                captures += 1
+                assert captured.captures == captures
+        replayed.cache.crop(-(captures - 1))
+        assert torch.equal(replayed.step(captured), eager.eager())
+    assert captured.captures == captures
