@@ -67,7 +67,7 @@ mad.lo.u32 %r3, %r2, 4, %r0; st.shared.b32 [%r1], %a; {barrier} ld.shared.b32 %x
 def test_a_missing_barrier_shows() -> None:
     a = np.arange(64, dtype=np.uint32)
     for order in ("forward", "backward"):
-        how = {"declarations": SHARED, "shared_bytes": 256, "order": order}
+        how = {"declarations": SHARED, "shared_bytes": 256, "order": order, "races": False}
         (found,) = each(EXCHANGE.format(barrier="bar.sync 0;"), a, **how)  # type: ignore[arg-type]
         assert found.tolist() == [*range(32, 64), *range(32)]
         (found,) = each(EXCHANGE.format(barrier=""), a, **how)  # type: ignore[arg-type]
@@ -95,7 +95,8 @@ def test_ctas_run_in_order() -> None:
             st.global.b32 [%rd0], %r0; st.global.b32 [%rd0+4], %r1;""",
             parameters=1,
         )
-        run(text, grid=(4, 3), threads=32, arguments=[out], shared_bytes=0, order=order)  # type: ignore[arg-type]
+        how = {"order": order, "races": False}
+        run(text, grid=(4, 3), threads=32, arguments=[out], shared_bytes=0, **how)  # type: ignore[arg-type]
         assert out.tolist() == expected
 
 

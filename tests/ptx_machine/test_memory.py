@@ -129,7 +129,8 @@ def test_constant_data() -> None:
 @pytest.mark.parametrize("order", ["forward", "backward"])
 def test_several_stores_to_one_place(order: str) -> None:
     body = "mov.u32 %r0, memory; st.shared.b32 [%r0], %a; ld.shared.b32 %x, [%r0];"
-    (found,) = each(body, LANE, declarations=SHARED, shared_bytes=16, order=order)  # type: ignore[arg-type]
+    how = {"declarations": SHARED, "shared_bytes": 16, "order": order, "races": False}
+    (found,) = each(body, LANE, **how)  # type: ignore[arg-type]
     assert (found == (31 if order == "forward" else 0)).all()
 
 

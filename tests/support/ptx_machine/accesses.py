@@ -9,7 +9,7 @@ import numpy as np
 from ptx_machine.decode import Operands, instruction
 from ptx_machine.memory import Region
 from ptx_machine.syntax import BITS
-from ptx_machine.warp import RAW, Array, Mask, Step, Warp, write
+from ptx_machine.warp import LANES, RAW, Array, Mask, Step, Warp, note, write
 
 _SCOPES = ("cta", "cluster", "gpu", "sys")
 _CACHE_HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc")
@@ -37,8 +37,16 @@ def take_memory_modifiers(operands: Operands) -> tuple[str, int]:
 Finder = Callable[[Warp, Mask], tuple[Array, list[tuple[Region, Array | slice]]]]
 
 
-def locate(operands: Operands, space: str, text: str, size: int, *, store: bool) -> Finder:
-    """What finds the addresses of an instruction's active threads, checked, and where they lie."""
+_LANE = np.arange(LANES)
+
+
+def locate(
+    operands: Operands, space: str, text: str, size: int, *, store: bool, races: bool = True
+) -> Finder:
+    """What finds the addresses of an instruction's active threads, checked, and where they lie.
+
+    Races are looked for too, but not of what is atomic or touches nothing.
+    """
     base, offset = operands.address(text)
     bits = 64 if space == "global" else 32
     if space == "shared" and (found := operands.find(base)):
@@ -55,9 +63,17 @@ def locate(operands: Operands, space: str, text: str, size: int, *, store: bool)
         if offset:
             addresses = addresses + shift
         if space == "global":
-            return addresses, warp.memory.regions_of(addresses, size, what, store=store)
-        warp.shared.check(addresses, size, what)
-        return addresses, [(warp.shared, everything)]
+            places = warp.memory.regions_of(addresses, size, what, store=store)
+        else:
+            warp.shared.check(addresses, size, what)
+            places = [(warp.shared, everything)]
+        if races and warp.races:
+            lanes = _LANE if mask is None else _LANE[mask]
+            for region in dict.fromkeys(region for region, _ in places):
+                own = [np.arange(len(lanes))[part] for one, part in places if one is region]
+                chosen = own[0] if len(own) == 1 else np.concatenate(own)
+                note(warp, region, addresses[chosen], size, lanes[chosen], what, store=store)
+        return addresses, places
 
     return find
 

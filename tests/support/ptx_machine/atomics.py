@@ -60,7 +60,7 @@ def atomic(operands: Operands) -> Step:
     place, first, *more = of
     sources = [operands.source(one, bits) for one in (first, *more)]
     space = "shared" if shared else "global"
-    find = locate(operands, space, place, bits // 8, store=True)
+    find = locate(operands, space, place, bits // 8, store=True, races=False)
     update = _update(operands, name, kind)
 
     def step(warp: Warp, mask: Mask) -> None:

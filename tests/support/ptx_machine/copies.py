@@ -12,7 +12,7 @@ import numpy as np
 
 from ptx_machine.accesses import locate
 from ptx_machine.decode import Operands, instruction, need_all
-from ptx_machine.warp import Array, Mask, Step, Warp
+from ptx_machine.warp import Array, Mask, Step, Warp, note
 
 
 @instruction("cp")
@@ -50,7 +50,7 @@ def prefetch(operands: Operands) -> Step:
     operands.one_of("global")
     operands.one_of("L1", "L2")
     (address,) = operands.done(1)
-    source = locate(operands, "global", address, 4, store=False)
+    source = locate(operands, "global", address, 4, store=False, races=False)
 
     def step(warp: Warp, mask: Mask) -> None:
         source(warp, mask)
@@ -84,16 +84,16 @@ def _copy(operands: Operands, to: str, of: str, size: int, taken: str) -> Step:
                     else region.load(places[part], 4, size // 4).T
                 )
             data[wanted] = loaded.view(np.uint8)
-        _open(warp).append((addresses, data.view(np.uint32)))
+        _open(warp).append((addresses, lanes, data.view(np.uint32)))
 
     return step
 
 
-def _open(warp: Warp) -> list[tuple[Array, Array]]:
-    """The group that copies are added to: the last one."""
+def _open(warp: Warp) -> list[tuple[Array, Array, Array]]:
+    """The group that copies, addresses and lanes and words, are added to: the last one."""
     if not warp.pending:
         warp.pending.append([])
-    found: list[tuple[Array, Array]] = warp.pending[-1]
+    found: list[tuple[Array, Array, Array]] = warp.pending[-1]
     return found
 
 
@@ -114,7 +114,9 @@ def _wait(operands: Operands, left: int, *, everything: bool) -> Step:
         done = len(warp.pending) if everything else max(0, len(warp.pending) - 1 - left)
         arriving: list[Any] = [copy for group in warp.pending[:done] for copy in group]
         del warp.pending[:done]
-        for addresses, words in arriving:
+        for addresses, lanes, words in arriving:
+            what, size = operands.instruction, 4 * words.shape[1]
+            note(warp, warp.shared, addresses, size, lanes, what, store=True)
             columns = [words[:, column] for column in range(words.shape[1])]
             warp.shared.store(addresses, 4, columns, warp.backward)
 

@@ -51,6 +51,7 @@ def launch(
     *,
     order: Order = "forward",
     names: Sequence[str] = (),
+    races: bool = True,
 ) -> Counter[str]:
     """Run what ``triton.compile`` returns; arguments without constants, and ``run``'s result.
 
@@ -68,6 +69,7 @@ def launch(
         shared_bytes=metadata.shared,
         order=order,
         names=names,
+        races=races,
     )
 
 
@@ -108,12 +110,15 @@ _COMPILED: dict[str, Any] = {}
 
 
 @contextmanager
-def emulated(target: str = "cuda:90", order: Order = "forward") -> Iterator[Emulation]:
+def emulated(
+    target: str = "cuda:90", order: Order = "forward", *, races: bool = True
+) -> Iterator[Emulation]:
     """Run every launch on the machine; yields a record of them.
 
     Args:
         target: device that kernels are compiled for, ``cuda:80`` or ``cuda:90``.
         order: of CTAs, of warps between barriers, and of threads (``ptx_machine.machine``).
+        races: look for accesses that no barrier puts in order (``ptx_machine.race``).
 
     Raises:
         RuntimeError: Kernels are interpreted in this process.
@@ -132,7 +137,8 @@ def emulated(target: str = "cuda:90", order: Order = "forward") -> Iterator[Emul
         names = [name for name, kind in types.items() if kind != "constexpr"]
         if wrong := [name for name in names if not isinstance(types[name], str)]:
             raise NotImplementedError(f"arguments {wrong}")
-        issued = launch(compiled, grid, [bound[n] for n in names], order=order, names=names)
+        given = [bound[name] for name in names]
+        issued = launch(compiled, grid, given, order=order, names=names, races=races)
         emulation.launches.append(Launch(self.__name__, grid, issued))
         return compiled
 

@@ -62,6 +62,7 @@ def bar_warp(operands: Operands) -> Step:
 
     def step(warp: Warp, mask: Mask) -> None:
         named(warp, mask)
+        warp.now = warp.now._replace(warp_barriers=warp.now.warp_barriers + 1)
 
     return step
 

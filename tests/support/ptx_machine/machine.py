@@ -20,6 +20,7 @@ from torch import Tensor
 from ptx_machine.memory import GlobalMemory, shared_memory
 from ptx_machine.parse import Kernel
 from ptx_machine.program import Program, load
+from ptx_machine.race import Moment
 from ptx_machine.scheduler import Scheduler
 from ptx_machine.slots import Slots
 from ptx_machine.syntax import BITS, float_bits
@@ -42,6 +43,7 @@ def run(
     names: Sequence[str] = (),
     read_only: Sequence[Tensor] = (),
     limit: int = 1_000_000,
+    races: bool = True,
 ) -> Counter[str]:
     """Run the kernel of a module on tensors in place.
 
@@ -57,6 +59,7 @@ def run(
         names: of the arguments, for messages.
         read_only: tensors that must not be stored to.
         limit: blocks that a warp may run between barriers, so that a loop without an end is found.
+        races: look for accesses that no barrier puts in order (``ptx_machine.race``).
 
     Returns: how many instructions warps issued, by opcode.
 
@@ -64,6 +67,7 @@ def run(
         NotImplementedError: Something in the module is not known.
         MemoryAccessError: A touch outside of all tensors, or misaligned.
         MachineError: A barrier that not all threads reach, and the like.
+        RaceError: Two threads touch one byte, one of them stores, and no barrier orders them.
     """
     program = load(ptx)
     if threads % LANES:
@@ -79,13 +83,14 @@ def run(
     runner = Scheduler(program.blocks, limit)
     ctas = list(product(*(range(count) for count in reversed(grid))))
     with np.errstate(all="ignore"):
-        for z, y, x in reversed(ctas) if backward else ctas:
+        for cta, (z, y, x) in enumerate(reversed(ctas) if backward else ctas, 1):
             shared = shared_memory(program.shared_bytes + shared_bytes, SHARED_BASE)
             warps = []
             for number in range(threads // LANES):
                 own = list(values)
                 _set_specials(program.slots, own, (x, y, z), grid, threads, number)
-                warps.append(Warp(own, memory, shared, backward))
+                now = Moment(cta, number, 0, 0)
+                warps.append(Warp(own, memory, shared, backward, races=races, now=now))
             runner.run(warps[::-1] if backward else warps)
     counts: Counter[str] = Counter()
     for block, times in runner.visits.items():

@@ -8,7 +8,7 @@ import numpy as np
 
 from ptx_machine.decode import Operands, instruction, need_all
 from ptx_machine.matrix import U32, gather
-from ptx_machine.warp import LANES, Array, Mask, Step, Warp
+from ptx_machine.warp import LANES, Array, Mask, Step, Warp, note
 
 
 def _matrices(operands: Operands) -> tuple[int, bool]:
@@ -58,6 +58,7 @@ def ldmatrix(operands: Operands) -> Step:
         if mask is not None:
             need_all(operands, mask)
         place = addresses(warp)
+        note(warp, warp.shared, place, 16, None, operands.instruction, store=False)
         rows = warp.shared.items(4, 4)[warp.shared.index(place, 16)].reshape(count, 8, 4)
         if transposed:
             rows = _transpose(rows)
@@ -81,6 +82,7 @@ def stmatrix(operands: Operands) -> Step:
         if mask is not None:
             need_all(operands, mask)
         place = addresses(warp)
+        note(warp, warp.shared, place, 16, None, operands.instruction, store=True)
         rows = gather(warp.values, sources).reshape(count, 8, 4)
         if transposed:
             rows = _transpose(rows)

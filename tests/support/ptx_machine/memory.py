@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ptx_machine.race import Shadow
+
 Array = np.ndarray[Any, np.dtype[Any]]
 _ITEMS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _ALIGNMENT = 16
@@ -31,13 +33,15 @@ class Region:
         place: address of its first byte in this process; must have the alignment of ``address``.
         owner: what keeps the bytes alive.
         writable: whether programs may store there.
+        replicas: whether several threads may store to one place.
     """
 
     def __init__(
-        self, name: str, address: int, size: int, place: int, owner: Any, *, writable: bool = True
-    ) -> None:
+        self, name: str, address: int, size: int, place: int, owner: Any, *,
+        writable: bool = True, replicas: bool = False,
+    ) -> None:  # fmt: skip
         self.name, self.address, self.size, self.owner = name, address, size, owner
-        self.writable = writable
+        self.writable, self.replicas = writable, replicas
         # Elements are found by index from a multiple of the largest access on.
         before = address % _ALIGNMENT
         assert place % _ALIGNMENT == before
@@ -46,9 +50,17 @@ class Region:
         raw = (ctypes.c_uint8 * length).from_address(place - before)
         self._bytes: Array = np.ctypeslib.as_array(raw)
         self._views: dict[tuple[int, int], Array] = {}
+        self._shadow: Shadow | None = None
 
     def __str__(self) -> str:
         return f"{self.name} at {self.address:#x} to {self.address + self.size:#x}"
+
+    @property
+    def shadow(self) -> Shadow:
+        """Who touched each byte, from ``origin`` on."""
+        if self._shadow is None:
+            self._shadow = Shadow(str(self), len(self._bytes), replicas=self.replicas)
+        return self._shadow
 
     def items(self, item: int, count: int) -> Array:
         """The bytes as ``[n]`` or ``[n, count]`` unsigned integers of ``item`` bytes."""
@@ -185,4 +197,4 @@ def shared_memory(size: int, address: int) -> Region:
     """Shared memory of a program, full of ones: NaN as a float of any width."""
     room = np.full(size + 2 * _ALIGNMENT, 0xFF, np.uint8)
     place = -(-room.ctypes.data // _ALIGNMENT) * _ALIGNMENT
-    return Region("shared memory", address, size, place, room)
+    return Region("shared memory", address, size, place, room, replicas=True)

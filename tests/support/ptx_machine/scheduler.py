@@ -14,6 +14,7 @@ import numpy as np
 
 from ptx_machine.memory import MemoryAccessError
 from ptx_machine.program import Block, End
+from ptx_machine.race import RaceError
 from ptx_machine.warp import ENDED, LANES, MachineError, Mask, Warp
 
 
@@ -59,7 +60,7 @@ class Scheduler:
             for step in block.steps:
                 step(warp, mask)
                 place += 1
-        except (MachineError, MemoryAccessError, NotImplementedError):
+        except (MachineError, MemoryAccessError, NotImplementedError, RaceError):
             raise
         except Exception as error:
             raise RuntimeError(f"the machine failed at {block.instructions[place]}") from error
@@ -73,8 +74,10 @@ def _release(warps: Sequence[Warp]) -> None:
         there = [w for w in living if w.waiting is not None and w.waiting.barrier == barrier]
         if len(there) == (barrier[1] // LANES if barrier[1] else len(living)):
             released = True
+            passed = 1 + max(warp.now.barriers for warp in there)
             for warp in there:
                 warp.waiting = None
+                warp.now = warp.now._replace(barriers=passed)
     if not released:
         places = {str(warp.waiting and warp.waiting.instruction) for warp in living}
         raise MachineError(f"warps wait for each other at {sorted(places)}")

@@ -41,6 +41,7 @@ def each(
     declarations: str = "",
     shared_bytes: int = 0,
     order: Order = "forward",
+    races: bool = True,
 ) -> list[Array]:
     """Run instructions on ``%a``, ``%b``, ``%c``, ... and return ``%x``, ``%y``, ...
 
@@ -51,6 +52,7 @@ def each(
         declarations: in front of the entry.
         shared_bytes: of ``[n]`` threads.
         order: of threads.
+        races: look for accesses that no barrier puts in order.
 
     Returns: raw bits of each result.
     """
@@ -83,5 +85,6 @@ def each(
         arguments=[torch.from_numpy(one.view(f"i{one.dtype.itemsize}")) for one in arrays],
         shared_bytes=shared_bytes,
         order=order,
+        races=races,
     )
     return kept

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ptx_machine.memory import GlobalMemory, Region
+from ptx_machine.race import SEVERAL, Moment
 
 LANES = 32
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -46,6 +47,8 @@ class Warp:
         block: where all threads are, if they are together.
         blocks: where each is, int64 ``[32]``; None while they are together.
         waiting: where a barrier holds them.
+        races: whether accesses that no barrier puts in order are looked for.
+        now: which warp this is, and how many barriers it has passed.
     """
 
     values: list[Array]
@@ -57,6 +60,8 @@ class Warp:
     blocks: Array | None = None
     waiting: Any = None
     ended: bool = False
+    races: bool = False
+    now: Moment = Moment(1, 0, 0, 0)  # noqa: RUF009
 
     @property
     def alive(self) -> Array:
@@ -71,3 +76,26 @@ def write(warp: Warp, mask: Mask, target: int, value: Array) -> None:
     """Put a value into a slot, for the threads of a mask."""
     R = warp.values
     R[target] = value if mask is None else np.where(mask, value, R[target])
+
+
+def note(
+    warp: Warp,
+    region: Region,
+    addresses: Array,
+    size: int,
+    lanes: Array | None,
+    what: object,
+    *,
+    store: bool,
+) -> None:
+    """Look for races of an access that has been checked; without lanes any may touch each address.
+
+    Raises:
+        RaceError: There is one.
+    """
+    if not (warp.races and region.writable and len(addresses)):
+        return
+    several = np.full(len(addresses), SEVERAL)
+    threads = several if lanes is None else LANES * warp.now.warp + lanes
+    touch = region.shadow.store if store else region.shadow.load
+    touch(region.index(addresses, size), size, threads, warp.now, what)
