@@ -14,10 +14,7 @@ from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_kernels.decode_exact import EXACT_TILE
 from kvq_kernels.launch import architecture, page_splits
 from kvq_kernels.launch_table import DecodeLaunch, decode_launch
-from kvq_kernels.nvidia.outlier_scratch import key_scratch, value_scratch
-
-Buffer = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype."""
+from kvq_kernels.nvidia.outlier_scratch import Buffer, key_scratch, value_scratch
 
 
 @dataclass(frozen=True)

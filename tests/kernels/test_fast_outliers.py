@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     reason="Gluon cannot be interpreted: test_compiled.py runs this file",
 )
 
-WARPS = 4
+WARPS = 2
 STEP = 1 / 64
 H = 2
 NAN = float("nan")

@@ -7,6 +7,7 @@ import torch
 from kvq_kernels.nvidia.entry_counts import slots
 
 Buffer = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype."""
 
 MOST_BYTES = 64 * 2**20
 """Of the key pass. Its programs take pages in turn, so that fewer of them do the same."""
