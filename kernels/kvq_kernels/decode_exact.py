@@ -8,6 +8,7 @@ from typing import Final
 import triton
 import triton.language as tl
 
+from kvq_kernels.page_entries import GROWING
 from kvq_kernels.phases import cos_sin
 from kvq_kernels.scores import soft_capped
 from kvq_kernels.split_states import write_split
@@ -26,7 +27,7 @@ def _query(query, FIRST: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, 
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def exact_splits(
     query,
     lengths,

@@ -8,6 +8,7 @@ from typing import Final
 import triton
 import triton.language as tl
 
+from kvq_kernels.page_entries import GROWING
 from kvq_kernels.scores import LOG2_E
 
 SPLIT_TILE: Final = tl.constexpr(16)
@@ -17,7 +18,7 @@ MAXIMA_TILE: Final = tl.constexpr(128)
 """Splits whose largest scores are read at a time."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=GROWING)
 def merge_splits(
     split_out,
     split_max,

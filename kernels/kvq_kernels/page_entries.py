@@ -13,7 +13,7 @@ from kvq_kernels import packed_rows
 PAGE_IDS: Final = tl.constexpr(packed_rows.PAGE_ID_MASK)
 """Bits of an entry that name the page; its numbers in the pool are counted in 64 bits."""
 
-GROWING: Final = ("table_width", "max_pages")
+GROWING: Final = ("table_width", "max_pages", "splits")
 """Arguments that grow with a cache: code that is made for 1, or multiples of 16, would be made anew
 while a model generates."""
 
