@@ -66,6 +66,7 @@ def run_plan(
     dtype: str = "auto",
     device_map: str | None = None,
     attn_implementation: str | None = None,
+    load_in: str | None = None,
 ) -> Calibrated:
     """Measure the model and save its sidecar; the time includes loading and saving."""
     started = time.monotonic()
@@ -74,6 +75,7 @@ def run_plan(
             dtype=dtype,
             device_map=device_map,
             attn_implementation=attn_implementation,
+            load_in=load_in,
             batch_size=batch_size,
             progress=progress,
             on_note=output.note,

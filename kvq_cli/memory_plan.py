@@ -101,8 +101,8 @@ def check_plan(
     Args:
         plan: of the run.
         sidecar: what it runs with.
-        replan: makes a plan of the same context from a sidecar, ``prefill_chunk``, ``dtype`` and
-            ``device``.
+        replan: makes a plan of the same context from a sidecar, ``prefill_chunk``, ``dtype``,
+            ``device`` and ``load_in``.
         dtype: of the weights, as asked for.
         is_exact: whether the prompt is read in one piece (``--exact-prefill``).
         needed: tokens of the prompt and a new one; a shorter context is of no use.
@@ -117,6 +117,7 @@ def check_plan(
         calibrate: replan(_at_two_bits(sidecar), **options),
         chunks: replan(sidecar, **{**options, "prefill_chunk": few}),
         "--dtype bfloat16": replan(sidecar, **{**options, "dtype": "bfloat16"}),
+        "--load-in-4bit": replan(sidecar, **{**options, "load_in": "4bit"}),
     }
     if plan.device.startswith("cuda"):
         others["--device-map auto"] = replan(sidecar, **{**options, "device": "auto"})

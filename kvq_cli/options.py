@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -91,6 +91,22 @@ def overruled(context: typer.Context, name: str, *, by: str) -> bool:
     return (mine.name, rival.name) == ("ENVIRONMENT", "COMMANDLINE")
 
 
+def chosen_load_in(
+    context: typer.Context, *, load_in_4bit: bool, load_in_8bit: bool
+) -> Literal["4bit", "8bit"] | None:
+    """What ``load_model`` calls ``load_in``; both flags are a usage error.
+
+    One in the environment gives way to the other on the command line.
+    """
+    if load_in_4bit and load_in_8bit:
+        names = ("load_in_4bit", "load_in_8bit")
+        load_in_4bit = not overruled(context, names[0], by=names[1])
+        load_in_8bit = not overruled(context, names[1], by=names[0])
+    if load_in_4bit and load_in_8bit:
+        raise typer.BadParameter("give --load-in-4bit or --load-in-8bit, not both")
+    return "4bit" if load_in_4bit else "8bit" if load_in_8bit else None
+
+
 def model_argument(*, help: str) -> Any:
     """Declare the positional MODEL."""
     return typer.Argument(
@@ -131,6 +147,16 @@ DeviceMap = Annotated[
         help="Where the weights go, e.g. auto, cpu, cuda:1.",
     ),
 ]  # fmt: skip
+LoadIn4bit = Annotated[
+    bool,
+    option(
+        "--load-in-4bit", panel=MODEL, help="Hold the weights in 4 bits (NF4), by bitsandbytes."
+    ),
+]
+LoadIn8bit = Annotated[
+    bool,
+    option("--load-in-8bit", panel=MODEL, help="Hold the weights in 8 bits, by bitsandbytes."),
+]
 AttnImplementation = Annotated[
     str | None,
     option(

@@ -186,6 +186,8 @@ def _set_library_voice(*, verbose: bool, bars: bool) -> None:
     """
     import logging
 
+    # It warns in every layer of every forward.
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET if verbose else logging.ERROR)
     if verbose:
         from rich.logging import RichHandler
 

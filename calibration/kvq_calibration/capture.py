@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvq_formats.errors import CalibrationError
+from kvq_runtime.offload import input_device
 from kvq_runtime.rope import AttentionCall, AttentionTap, RotaryCall
 
 
@@ -104,4 +105,4 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def run_decoder(model: PreTrainedModel, input_ids: Tensor) -> None:
     """One forward of the decoder alone: the output layer is not needed to see keys."""
-    model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+    model.base_model(input_ids=input_ids.to(input_device(model)), use_cache=False)

@@ -19,6 +19,7 @@ from kvq_calibration.capture import (
     run_decoder,
     token_rows,
 )
+from kvq_calibration.packed_weights import weights_as_loaded
 from kvq_calibration.points import NormalisedPoints
 from kvq_calibration.residuals import fit_outlier_step
 from kvq_calibration.sensitivity import (
@@ -219,7 +220,7 @@ def calibrate(
         )
     layers = quantized_layers(model.config)
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), weights_as_loaded(model):
             thresholds = find_thresholds(
                 model, windows, config, layers, batch_size=batch_size, progress=progress
             )

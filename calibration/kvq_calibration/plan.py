@@ -58,6 +58,7 @@ class CalibrationPlan:
         dtype: str = "auto",
         device_map: str | None = None,
         attn_implementation: str | None = None,
+        load_in: str | None = None,
         batch_size: int = 1,
         progress: Progress | None = None,
         on_note: Callable[[str], None] = logger.warning,
@@ -87,6 +88,7 @@ class CalibrationPlan:
                 dtype=dtype,
                 device_map=device_map,
                 attn_implementation=attn_implementation,
+                load_in=load_in,
             )
         return calibrate(
             loaded.model,
@@ -157,6 +159,7 @@ def calibrate_from_text(
     device_map: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    load_in: str | None = None,
     progress: Progress | None = None,
     on_note: Callable[[str], None] = logger.warning,
 ) -> Sidecar:
@@ -172,8 +175,8 @@ def calibrate_from_text(
         num_samples, seq_len: windows, and tokens a window (at most the model's positions).
         batch_size: windows a step.
         seed: chooses the windows.
-        revision, dtype, device_map, attn_implementation, trust_remote_code: how the model is
-            loaded, unless it is; see ``kvq_runtime.models``.
+        revision, dtype, device_map, attn_implementation, trust_remote_code, load_in: how the model
+            is loaded, unless it is; see ``kvq_runtime.models``.
         progress: who hears how far it is.
         on_note: who hears what the user should know; a logged warning otherwise.
 
@@ -211,6 +214,7 @@ def calibrate_from_text(
         dtype=dtype,
         device_map=device_map,
         attn_implementation=attn_implementation,
+        load_in=load_in,
         batch_size=batch_size,
         progress=progress,
         on_note=on_note,

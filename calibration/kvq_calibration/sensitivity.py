@@ -12,11 +12,14 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvq_calibration.capture import KeyValueTap, evaluation_mode
+from kvq_calibration.packed_weights import check_differentiable
 from kvq_formats.errors import CalibrationError
+from kvq_runtime.offload import input_device, is_offloaded
 
 FIRST_LOSS_SCALE = 2.0**6
 LAST_LOSS_SCALE = 2.0**-18
@@ -31,18 +34,26 @@ def activation_gradients(model: PreTrainedModel) -> Iterator[None]:
 
     Only the checkpointed layers themselves are put in training mode, which is what switches
     recomputation on; dropout and everything else below them stays in evaluation mode.
+
+    Raises CalibrationError for weights that gradients do not pass through.
     """
+    check_differentiable(model)
     checkpointing = [
         (module, module.gradient_checkpointing, getattr(module, CHECKPOINT_FUNCTION, None))
         for module in model.modules()
         if hasattr(module, "gradient_checkpointing")
     ]
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    wanted = [
+        (module, name, weight.requires_grad)
+        for module in model.modules()
+        for name, weight in module.named_parameters(recurse=False)
+    ]
     with ExitStack() as stack:
 
         def restore() -> None:
-            for parameter, requires_grad in wanted:
-                parameter.requires_grad_(requires_grad)
+            # By name: offloaded weights are other objects after each forward.
+            for module, name, requires_grad in wanted:
+                module.get_parameter(name).requires_grad_(requires_grad)
             for module, enabled, function in checkpointing:
                 module.gradient_checkpointing = enabled
                 if function is not None:
@@ -55,6 +66,10 @@ def activation_gradients(model: PreTrainedModel) -> Iterator[None]:
         embeddings = model.get_input_embeddings()
         hook = embeddings.register_forward_hook(_require_gradient)
         stack.callback(hook.remove)
+        if is_offloaded(model):
+            # A recomputation that stops at what it was for, in the middle of the last linear layer,
+            # would leave that layer's weights on the device.
+            stack.enter_context(set_checkpoint_early_stop(False))
         if model.supports_gradient_checkpointing:
             # transformers 5.23 renamed both methods and warns about the older names.
             names = ("activation_checkpointing", "gradient_checkpointing")
@@ -92,7 +107,7 @@ def backward(model: PreTrainedModel, tap: KeyValueTap, input_ids: Tensor, scale:
 
     Raises: CalibrationError when they never are.
     """
-    ids = input_ids.to(model.device)
+    ids = input_ids.to(input_device(model))
     while True:
         tap.start()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss

@@ -19,6 +19,8 @@ from kvq_cli.options import (
     DeviceMap,
     Dtype,
     DtypeOption,
+    LoadIn4bit,
+    LoadIn8bit,
     ModelAlias,
     NoProgress,
     Overwrite,
@@ -31,6 +33,7 @@ from kvq_cli.options import (
     TrustRemoteCode,
     ValueGrain,
     Verbose,
+    chosen_load_in,
     chosen_model,
     model_argument,
     option,
@@ -52,6 +55,8 @@ def calibrate(
     revision: Revision = None,
     dtype: DtypeOption = Dtype.AUTO,
     device_map: DeviceMap = None,
+    load_in_4bit: LoadIn4bit = False,
+    load_in_8bit: LoadIn8bit = False,
     attn_implementation: AttnImplementation = None,
     trust_remote_code: TrustRemoteCode = False,
     bits: Bits = 4,
@@ -186,6 +191,7 @@ def calibrate(
     """
     output: Output = context.obj
     output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
+    load_in = chosen_load_in(context, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     from kvq_calibration.plan import plan_calibration
     from kvq_cli.calibration import (
         default_folder,
@@ -246,6 +252,7 @@ def calibrate(
         dtype=dtype.value,
         device_map=device_map,
         attn_implementation=attn_implementation,
+        load_in=load_in,
     )
     remember(folder, output)
     following = shlex.join(["kvq", "eval", *([name] if name else []), "--sidecar", str(folder)])

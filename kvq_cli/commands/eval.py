@@ -18,6 +18,8 @@ from kvq_cli.options import (
     DeviceMap,
     Dtype,
     DtypeOption,
+    LoadIn4bit,
+    LoadIn8bit,
     ModelAlias,
     NoProgress,
     Quiet,
@@ -25,6 +27,7 @@ from kvq_cli.options import (
     TextColumn,
     TrustRemoteCode,
     Verbose,
+    chosen_load_in,
     chosen_model,
     model_argument,
     option,
@@ -47,6 +50,8 @@ def evaluate(
     revision: Revision = None,
     dtype: DtypeOption = Dtype.AUTO,
     device_map: DeviceMap = None,
+    load_in_4bit: LoadIn4bit = False,
+    load_in_8bit: LoadIn8bit = False,
     attn_implementation: AttnImplementation = None,
     trust_remote_code: TrustRemoteCode = False,
     sidecar: Annotated[
@@ -157,6 +162,7 @@ def evaluate(
     """
     output: Output = context.obj
     output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
+    load_in = chosen_load_in(context, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     from importlib.metadata import version
 
     from kvq_calibration.data import load_text
@@ -211,6 +217,7 @@ def evaluate(
         dtype=dtype.value,
         device_map=device_map,
         attn_implementation=attn_implementation,
+        load_in=load_in,
     )
     measured = measure(output, loaded.model, sidecars, texts, path=path, batch_size=batch_size)
     gates = check_gates(measured, max_ppl_increase=max_ppl_increase, max_kl=max_kl)

@@ -17,12 +17,15 @@ from kvq_cli.options import (
     DeviceMap,
     Dtype,
     DtypeOption,
+    LoadIn4bit,
+    LoadIn8bit,
     ModelAlias,
     NoProgress,
     Quiet,
     Revision,
     TrustRemoteCode,
     Verbose,
+    chosen_load_in,
     chosen_model,
     model_argument,
     option,
@@ -44,6 +47,8 @@ def generate(
     revision: Revision = None,
     dtype: DtypeOption = Dtype.AUTO,
     device_map: DeviceMap = None,
+    load_in_4bit: LoadIn4bit = False,
+    load_in_8bit: LoadIn8bit = False,
     attn_implementation: AttnImplementation = None,
     trust_remote_code: TrustRemoteCode = False,
     sidecar: Annotated[
@@ -178,6 +183,7 @@ def generate(
     """
     output: Output = context.obj
     output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
+    load_in = chosen_load_in(context, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit)
     from functools import partial
 
     from kvq_cli.generation import Run
@@ -254,7 +260,7 @@ def generate(
     room = make_room(output, prompt_tokens, context=asked_context, new_tokens=max_new_tokens)
     warn_beyond_positions(output, room.capacity, resolved.max_positions)
     chunk = prompt_tokens if exact_prefill else prefill_chunk or PREFILL_CHUNK
-    replan = partial(plan_memory, resolved, context=room.capacity, impl=requested)
+    replan = partial(plan_memory, resolved, context=room.capacity, impl=requested, load_in=load_in)
     plan = replan(made, prefill_chunk=chunk, dtype=dtype.value, device=place)
     say_plan(output, plan, in_full=asked_context is not None or verbose)
     check_plan(
@@ -271,6 +277,7 @@ def generate(
         dtype=dtype.value,
         device_map=device_map,
         attn_implementation=attn_implementation,
+        load_in=load_in,
     )
     run = Run(
         loaded=loaded,

@@ -16,6 +16,7 @@ from kvq_formats.fingerprint import Fingerprint, check
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.evaluation_rule import attach_codec
 from kvq_runtime.implementation import choose_implementation
+from kvq_runtime.offload import input_device
 from kvq_runtime.page_codec import check_kernels, page_codecs
 from kvq_runtime.runtime_rule import attach_pages
 from kvq_runtime.sidecar_codec import SidecarCodec
@@ -90,11 +91,11 @@ def _attached(
 ) -> Iterator[PreTrainedModel]:
     if rule == "evaluation":
         # Attention is the model's own; a request that cannot be met is refused all the same.
-        choose_implementation(model.device, impl or "reference")
+        choose_implementation(input_device(model), impl or "reference")
         with attach_codec(model, SidecarCodec(sidecar)):
             yield model
         return
-    chosen = choose_implementation(model.device, impl)
+    chosen = choose_implementation(input_device(model), impl)
     logger.info("attention over packed pages: %s (%s)", chosen.name, chosen.reason)
     codecs = page_codecs(model, sidecar)
     if chosen.name == "triton":

@@ -18,6 +18,7 @@ from kvq_formats.errors import ConfigError, KVQError
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.decode_step import StepForward
 from kvq_runtime.layer import PackedLayer
+from kvq_runtime.offload import execution_device
 from kvq_runtime.page_codec import (
     PageCodec,
     SidecarPageCodec,
@@ -159,11 +160,12 @@ def layer_placement(model: PreTrainedModel, layer_idx: int) -> tuple[torch.devic
     """Device and dtype of the keys of a layer."""
     from kvq_runtime.rope import attention_modules
 
-    weight = next(attention_modules(model)[layer_idx].parameters())
+    attention = attention_modules(model)[layer_idx]
+    weight = next(attention.parameters())
     # Weights of one byte are scaled numbers; what they compute has the model's dtype.
     is_float = weight.dtype.is_floating_point and weight.dtype.itemsize > 1
     dtype = weight.dtype if is_float else model.dtype
-    return weight.device, dtype
+    return execution_device(model, attention), dtype
 
 
 def adopt(cache: Cache | None, model: PreTrainedModel, codecs: Mapping[int, PageCodec]) -> Cache:

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from kvq_formats.errors import KVQError
 from kvq_runtime.cache import PackedCache, adopt, cache_layers
 from kvq_runtime.layer import PackedLayer
+from kvq_runtime.offload import is_offloaded
 from kvq_runtime.rope import PREFIX, rotary_modules
 from kvq_runtime.runtime_rule import attached_tap
 
@@ -77,6 +78,12 @@ def check_capturable(model: PreTrainedModel, cache: Cache) -> torch.device:
             "the model was loaded in inference mode, so that a change of its rotary frequencies "
             "cannot be seen without waiting for the device.",
             hint="load the model outside of torch.inference_mode()",
+        )
+    if is_offloaded(model):
+        raise KVQError(
+            "weights of the model are kept on the host or the disk and brought to the GPU for each "
+            "forward; a CUDA graph knows them by address.",
+            hint=f"--device-map cuda, or {EAGER}",
         )
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     devices |= {layer.device for layer in cache.layers}

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvq_formats.config import LARGEST_CONTEXT, PAGE_TOKENS
 from kvq_formats.errors import ConfigError
@@ -18,12 +17,13 @@ from kvq_runtime.available_memory import available_bytes
 from kvq_runtime.cache import BF16_BYTES, cache_bytes, cache_layers
 from kvq_runtime.generate import PREFILL_CHUNK
 from kvq_runtime.implementation import choose_implementation
-from kvq_runtime.model_files import stored_dtype
-from kvq_runtime.models import DTYPES, first_device, target_device
+from kvq_runtime.models import first_device, target_device
+from kvq_runtime.offload import execution_devices
 from kvq_runtime.resolve import ResolvedModel, resolve_model
 from kvq_runtime.scratch import scratch_bytes
 from kvq_runtime.sidecars import open_sidecar
 from kvq_runtime.supported_models import quantized_layers, text_config
+from kvq_runtime.weight_bytes import tensor_bytes, weight_bytes, weights_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -118,6 +118,7 @@ def plan_memory(
     dtype: str = "auto",
     device: str | None = None,
     impl: str | None = None,
+    load_in: str | None = None,
 ) -> MemoryPlan:
     """Count what a run would need, allocating nothing and loading no weights.
 
@@ -128,9 +129,10 @@ def plan_memory(
         batch_size: rows.
         prefill_chunk: prompt tokens a forward.
         dtype: of the weights: ``auto`` (as stored), ``bfloat16``, ``float16`` or ``float32``; a
-            loaded model has its own. Weights that are stored quantized count as if they were not.
+            loaded model has its own.
         device: where the model will go, as for ``--device-map``; a loaded model has its own.
         impl: of attention over packed pages, as for ``attach``.
+        load_in: of the weights, as for ``load_model``.
 
     Raises:
         ConfigError: a number or a name that makes no sense.
@@ -149,14 +151,14 @@ def plan_memory(
     if not isinstance(sidecar, Sidecar):
         sidecar = open_sidecar(sidecar)
     if isinstance(model, PreTrainedModel):
-        weights, loaded = _bytes(model), True
+        weights, loaded = tensor_bytes(model), True
         config, kind, place = model.config, model.dtype, _place(model)
     else:
         if not isinstance(model, ResolvedModel):
             model = resolve_model(model)
         place, config, loaded = target_device(device), model.config, False
-        kind = _weights_dtype(model, dtype)
-        weights = _bytes(_without_weights(model, kind))
+        kind = weights_dtype(model, dtype)
+        weights = weight_bytes(model, dtype=kind, load_in=load_in)
 
     attends_on = first_device(place)
     implementation = choose_implementation(attends_on, impl).name
@@ -192,31 +194,8 @@ def plan_memory(
 
 
 def _place(model: PreTrainedModel) -> str:
-    devices = {parameter.device for parameter in model.parameters()}
+    devices = execution_devices(model)
     return str(devices.pop()) if len(devices) == 1 else "auto"
-
-
-def _without_weights(model: ResolvedModel, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            model.config, dtype=dtype, trust_remote_code=model.trust_remote_code
-        )
-
-
-def _weights_dtype(model: ResolvedModel, dtype: str) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}.", hint=f"--dtype {'|'.join(DTYPES)}")
-    if dtype == "auto":
-        # As transformers does; where neither says it, the largest is assumed.
-        found = model.config.dtype or (stored_dtype(model.location) if model.is_local else None)
-        dtype = str(found or "float32").removeprefix("torch.")
-    kind: torch.dtype = getattr(torch, dtype)
-    return kind
-
-
-def _bytes(model: PreTrainedModel) -> int:
-    # Both iterators name a tied tensor once.
-    return sum(tensor.nbytes for part in (model.parameters(), model.buffers()) for tensor in part)
 
 
 def _bf16_bytes(config: PreTrainedConfig, *, context: int, batch_size: int) -> int:

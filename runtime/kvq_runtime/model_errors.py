@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvq_formats.errors import KVQError, ModelError, UnsupportedModelError
 from kvq_runtime.hub import explain_hub_error
 from kvq_runtime.model_files import check_weights
+from kvq_runtime.weight_quantization import install_hint
 
 if TYPE_CHECKING:
     from kvq_runtime.resolve import ResolvedModel
@@ -29,7 +30,7 @@ def explain_load_error(error: BaseException, resolved: ResolvedModel) -> KVQErro
         return ModelError(
             f"loading {resolved.record.id} needs a package that is not installed: "
             f"{first_line(error)}",
-            hint="install it into the environment of kvq",
+            hint=install_hint(error),
         )
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -93,7 +93,7 @@ def check_weights(folder: Path) -> None:
 
     Reads the headers only.
     """
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         if not file.is_file():
             raise ModelError(
                 f"the weights of {folder} are not complete: {file.name} is missing.",
@@ -111,7 +111,7 @@ def stored_dtype(folder: str | os.PathLike[str]) -> str | None:
     import safetensors
 
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-    for file in _weight_files(Path(folder)):
+    for file in weight_files(Path(folder)):
         with safetensors.safe_open(file, framework="numpy") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - it is no mapping
                 if found := names.get(tensors.get_slice(name).get_dtype()):
@@ -119,7 +119,8 @@ def stored_dtype(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """Files that hold the weights, one or those of the index; raises ModelError for a bad index."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     index = folder / WEIGHTS_INDEX

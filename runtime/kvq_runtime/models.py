@@ -19,6 +19,7 @@ from kvq_runtime.model_files import has_tokenizer
 from kvq_runtime.quiet import quiet_transformers
 from kvq_runtime.resolve import ResolvedModel, resolve_model
 from kvq_runtime.supported_models import quantized_layers
+from kvq_runtime.weight_quantization import bitsandbytes_config, explain_quantization_error
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,7 @@ def load_model(
     device_map: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    load_in: str | None = None,
 ) -> LoadedModel:
     """Load weights and tokenizer of a model that ``resolve_model`` found.
 
@@ -95,11 +97,14 @@ def load_model(
             the CPU where there is none.
         attn_implementation: as transformers names it; its own choice without.
         trust_remote_code: in addition to what ``resolve_model`` was told.
+        load_in: ``4bit`` or ``8bit`` holds the weights of linear layers so, by bitsandbytes; what
+            is stored quantized loads as it is, without.
 
     Raises:
         ModelError: weights or tokenizer are missing, damaged, do not fit the configuration, or do
             not fit into memory.
-        ConfigError: an option makes no sense on this machine.
+        ConfigError: an option makes no sense on this machine, or with weights that are stored
+            quantized.
     """
     import torch
     from safetensors import SafetensorError
@@ -108,9 +113,13 @@ def load_model(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype is {dtype!r}.", hint=f"--dtype {'|'.join(DTYPES)}")
     device = target_device(device_map)
+    quantization = bitsandbytes_config(resolved, load_in)
     tokenizer = load_tokenizer(resolved)
     source = resolved.source
     source["trust_remote_code"] = resolved.trust_remote_code or trust_remote_code
+    if quantization is not None:
+        # Where there is one, transformers takes it for the model's own.
+        source["quantization_config"] = quantization
     try:
         with quiet_transformers():
             # Weights of the wrong shape are reported below, by name, and not by transformers.
@@ -136,6 +145,7 @@ def load_model(
                 hint="--attn-implementation sdpa, or eager",
             ) from error
         explained = explain_load_error(error, resolved)
+        explained = explain_quantization_error(error, resolved, load_in) or explained
         if explained is None:
             raise
         raise explained from error

@@ -83,7 +83,9 @@ def seeded(model: PreTrainedModel, seed: int) -> Iterator[None]:
     """Seed torch's random numbers on the model's devices; their states are back on exit."""
     import torch
 
-    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    from kvq_runtime.offload import execution_devices
+
+    devices = {device for device in execution_devices(model) if device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
         torch.manual_seed(seed)
         yield

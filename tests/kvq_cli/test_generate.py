@@ -326,7 +326,8 @@ def test_where_nothing_is_enough_all_that_helps_is_named(
     message, hint = error_of(kvq("generate", *GIVEN, "--json", "--context", "2k"))
     assert message.endswith("the largest context that fits is 0 tokens.")
     calibrate = f"kvq calibrate {tiny_model_dir} --bits 2"
-    assert hint == f"{calibrate}, with --prefill-chunk 64, with --dtype bfloat16"
+    helpful = (calibrate, "--prefill-chunk 64", "--dtype bfloat16", "--load-in-4bit")
+    assert hint == ", with ".join(helpful)
     long = ("-p", make_text(100), "--exact-prefill")
     exact = kvq("generate", *long, "--json")
     assert ", with --prefill-chunk 64 without --exact-prefill" in error_of(exact)[1]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 
+from command_line import Kvq
 from kvq_cli.commands.calibrate import calibrate
 from kvq_cli.commands.eval import evaluate
 from kvq_cli.measurement import DEFAULT_SEQ_LEN
@@ -49,3 +51,58 @@ def test_the_default_length_that_help_shows_is_the_one_that_is_used() -> None:
     hints = get_type_hints(evaluate, include_extras=True)
     (declared,) = hints["seq_len"].__metadata__
     assert declared.show_default == str(DEFAULT_SEQ_LEN)
+
+
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What ``load_model`` is asked to load in, each time; nothing is loaded."""
+    asked: list[object] = []
+
+    def load_model(*_: object, load_in: object, **__: object) -> None:
+        asked.append(load_in)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvq_runtime.models.load_model", load_model)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "expected"),
+    [
+        ([], None, None),
+        (["--load-in-4bit"], None, "4bit"),
+        (["--load-in-8bit"], None, "8bit"),
+        ([], "KVQ_LOAD_IN_4BIT", "4bit"),
+        (["--load-in-8bit"], "KVQ_LOAD_IN_4BIT", "8bit"),
+        (["--load-in-4bit"], "KVQ_LOAD_IN_8BIT", "4bit"),
+    ],
+)
+def test_the_width_of_the_weights_reaches_every_command(
+    kvq: Kvq,
+    sidecar: Path,
+    tiny_model_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    loading: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    environment: str | None,
+    expected: str | None,
+) -> None:
+    if environment is not None:
+        monkeypatch.setenv(environment, "1")
+    text = ("--dataset", text_file, "--num-samples", 2, "--seq-len", 32)
+    commands = [
+        ("calibrate", tiny_model_dir, "-o", tmp_path / "q", *text),
+        ("eval", "--sidecar", sidecar, "--ppl", text_file, "--seq-len", 32, "--limit", 1),
+        ("generate", "--sidecar", sidecar, "-p", "the"),
+    ]
+    for command in commands:
+        assert kvq(*command, *flags).code == 130
+    assert loading == [expected] * 3
+
+
+def test_weights_have_one_width(kvq: Kvq) -> None:
+    ran = kvq("eval", "--load-in-4bit", "--load-in-8bit", "--json")
+    assert ran.code == 2
+    assert "--load-in-4bit or --load-in-8bit, not both" in ran.json["error"]["message"]
