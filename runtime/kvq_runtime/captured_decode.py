@@ -23,12 +23,12 @@ from transformers import PreTrainedModel
 
 from kvq_formats.errors import KVQError
 from kvq_runtime.cache import PackedCache, check_whole, packed_layers
+from kvq_runtime.cache_argument import CACHE, as_taken, cache_name, with_one_name
 from kvq_runtime.capturable import check_capturable, check_cuda, check_token_ids
 from kvq_runtime.cuda_graph import Capture, CaptureError, Recording, capture_cuda_graph
 from kvq_runtime.decode_step import DecodeStep
 from kvq_runtime.layer_step import addresses, count_token, prepare_token
 from kvq_runtime.modes import lasting_tensors
-from kvq_runtime.offload import input_device
 from kvq_runtime.rope import named_arguments
 from kvq_runtime.runtime_rule import attached_tap
 from kvq_runtime.step_arguments import StepArguments
@@ -80,7 +80,7 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         """
         if capture is None:
             # First: without a GPU no other change would help.
-            check_cuda(input_device(model))
+            check_cuda(model.device)
         self.model, self.cache = model, cache
         self.device = check_capturable(model, cache)
         self.captures = self.replays = 0
@@ -179,7 +179,7 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         if self.refused is not None or self.cache.step is not None:
             return self._stock(*args, **kwargs)
         self._match_rows()
-        given = named_arguments(self._stock, args, kwargs)
+        given = with_one_name(named_arguments(self._stock, args, kwargs))
         ids = self._arguments.token_ids(given)
         if ids is None:
             fed = given.get("input_ids")
@@ -196,15 +196,17 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         assert self._recorded is not None
         kind: Any = type(self._recorded.result)
         # A copy: who calls a model keeps what it returned.
-        return kind(logits=logits[:, None].clone(), past_key_values=self.cache)
+        result = {"logits": logits[:, None].clone(), CACHE: self.cache}
+        return kind(**as_taken(kind, result))
 
     def _say_what_passed(self) -> None:
         if self._passed:
             logger.warning(
                 "none of %d forwards of one token was replayed: they did not go on where the cache "
                 "of this CapturedDecode stands, or asked for more than logits; pass that cache as "
-                "past_key_values",
+                "%s",
                 self._passed,
+                cache_name(self._stock),
             )
 
     def _match_rows(self) -> None:
@@ -250,13 +252,14 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         """The step itself: everything in here is captured."""
         self.cache.step = self._step.begin()
         try:
-            output = self._stock(
-                input_ids=self._step.token_ids,
-                position_ids=self._step.position_ids,
-                past_key_values=self.cache,
-                use_cache=True,
-                return_dict=True,
-            )
+            arguments = {
+                "input_ids": self._step.token_ids,
+                "position_ids": self._step.position_ids,
+                CACHE: self.cache,
+                "use_cache": True,
+                "return_dict": True,
+            }
+            output = self._stock(**as_taken(self._stock, arguments))
         finally:
             self.cache.step = None
         self._step.end()

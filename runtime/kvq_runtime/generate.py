@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig, GenerationMixin, TextStreamer
 
 from kvq_formats.errors import ConfigError, DataError
 from kvq_formats.progress import Progress, SilentProgress
+from kvq_runtime.cache_argument import cache_name
 from kvq_runtime.model_errors import first_line
-from kvq_runtime.offload import input_device
 from kvq_runtime.sampling import Sampling, seeded
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def generate_text(
         num_return_sequences=1,
         **sampling.options(),
     )
-    input_ids = input_ids.to(input_device(model))
+    input_ids = input_ids.to(model.device)
     chunks = 1 if prefill_chunk is None else -(-prompt_tokens // prefill_chunk)
     with ExitStack() as stack:
         stack.callback(stream.finish)
@@ -134,7 +134,7 @@ def generate_text(
                 input_ids,
                 # Told, not inferred: a prompt may hold the padding token.
                 attention_mask=torch.ones_like(input_ids),
-                past_key_values=cache,
+                **{cache_name(GenerationMixin.prepare_inputs_for_generation): cache},
                 generation_config=config,
                 streamer=stream,
             )
