@@ -10,7 +10,7 @@ READY := $(VENV)/.kvq-ready
 PYTEST_ARGS ?=
 
 .PHONY: help setup demo test lint format types contracts docs check bench-kmeans bench-accuracy \
-	bench-append bench-memory bench-decode bench-gpu clean
+	bench-append bench-memory bench-decode bench-gpu bench-paper clean
 
 help:
 	@echo "make demo         calibrate the built-in model, evaluate it, generate with it (offline)"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench-memory measure the memory of a 64k-token cache against the plan"
 	@echo "make bench-decode measure decoding on a CPU against transformers' quantized caches"
 	@echo "make bench-gpu    check and measure everything on a GPU, within ten minutes, uninstalled"
+	@echo "make bench-paper  measure a model by the protocol of the paper's table: MODEL=org/name"
 	@echo "make clean        remove the virtual environment and all caches"
 
 setup: $(READY)
@@ -86,6 +87,15 @@ BENCH_GPU_ARGS ?=
 bench-gpu:
 	PYTHONPATH=formats:kernels:runtime:calibration:evaluation:tests/support:.:$$PYTHONPATH \
 		$(PYTHON_GPU) benchmarks/bench_gpu.py $(BENCH_GPU_ARGS)
+
+# Options of the script, e.g. make bench-paper MODEL=org/name BENCH_PAPER_ARGS='--bits 3'
+MODEL ?=
+BENCH_PAPER_ARGS ?=
+bench-paper: $(READY)
+	@test -n "$(MODEL)" || { \
+		echo "bench-paper needs a model: make bench-paper MODEL=meta-llama/Llama-2-7b-hf" >&2; \
+		exit 2; }
+	$(BIN)/python benchmarks/paper_table.py --model "$(MODEL)" $(BENCH_PAPER_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -23,15 +23,24 @@ SECONDS_BETWEEN_LINES = 10
 
 
 def provenance(model: nn.Module, *, name: str, seq_len: int) -> dict[str, object]:
-    """Columns that every row starts with; ``weights`` is a digest of all parameters."""
+    """Columns that every row starts with; ``weights`` is a digest of all parameters.
+
+    Of a model whose weights are partly on the host or the disk it is ``offloaded``.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return _origin(model, name=name, seq_len=seq_len, weights="offloaded")
     digest = hashlib.sha256()
     for key, parameter in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(parameter.detach().cpu().contiguous().float().numpy().tobytes())
+    return _origin(model, name=name, seq_len=seq_len, weights=digest.hexdigest()[:12])
+
+
+def _origin(model: nn.Module, *, name: str, seq_len: int, weights: str) -> dict[str, object]:
     first = next(model.parameters())
     return {
         "model": name,
-        "weights": digest.hexdigest()[:12],
+        "weights": weights,
         "device": first.device.type,
         "dtype": str(first.dtype).removeprefix("torch."),
         "seq_len": seq_len,
@@ -91,13 +100,16 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows({k: _cell(v) for k, v in row.items()} for row in rows)
+            writer.writerows({k: cell(v) for k, v in row.items()} for row in rows)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _cell(value: object) -> object:
+def cell(value: object) -> object:
+    """What is written of a value; None leaves its place empty."""
+    if value is None:
+        return ""
     return f"{value:.7g}" if isinstance(value, float) else value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -13,7 +14,7 @@ from kvq_evaluation.divergence import token_metrics
 from kvq_evaluation.statistics import WindowMetrics
 from kvq_formats.errors import CalibrationError, ConfigError, DataError
 from kvq_formats.progress import Progress, SilentProgress
-from kvq_runtime.offload import input_device
+from kvq_runtime.cache_argument import cache_name, returned_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +41,7 @@ def evaluate(
     variants: Mapping[str, Variant],
     path: MeasuredPath = "prefill",
     batch_size: int = 1,
+    scored: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> list[WindowMetrics]:
     """Score every window under the unquantized model and under each variant.
@@ -47,13 +49,14 @@ def evaluate(
     Args:
         model: a causal language model; runs in evaluation mode, without gradients.
         windows: int64 ``[S, T]``, or a sequence of int64 ``[T_i]``: consecutive pieces of a text
-            that do not overlap. A window of T tokens scores T - 1. Batches hold windows of one
-            length, so nothing is padded.
+            that do not overlap, unless ``scored`` leaves out what an earlier one scored. A window
+            of T tokens scores T - 1. Batches hold windows of one length, so nothing is padded.
         variants: by name; each is entered once a batch.
         path: ``prefill``: a variant runs as one forward without a cache. ``decode``: it runs as one
             forward a token, and the cache that its first forward returns is handed to the others;
             every batch begins without one. The unquantized model always runs as one forward.
         batch_size: windows a forward pass.
+        scored: for each window, how many of its last tokens count; without, all but the first.
         progress: told of a step for each forward over whole windows, and for each ``PIECE_TOKENS``
             tokens of a variant that decodes.
 
@@ -63,14 +66,16 @@ def evaluate(
     and what ``PIECE_TOKENS`` tokens give.
 
     Raises DataError where there is nothing to score, ConfigError for a batch size below 1, an
-    unknown path or a variant named as the unquantized model, CalibrationError for logits that are
-    not finite (naming the variant).
+    unknown path, counts in ``scored`` that do not fit the windows or a variant named as the
+    unquantized model, CalibrationError for logits that are not finite (naming the variant).
     """
     rows = [window.reshape(-1) for window in windows]
     _check(rows, variants, path, batch_size)
+    counts = [len(row) - 1 for row in rows] if scored is None else list(scored)
+    _check_scored(rows, counts)
     scores: dict[str, list[WindowSums]] = {name: [] for name in (UNQUANTIZED, *variants)}
     batches = _batches(rows, batch_size)
-    device = input_device(model)
+    device = model.get_input_embeddings().weight.device
     listener = progress or SilentProgress()
     forwards = sum(_num_pieces(len(batch[0]), path) for batch in batches)
     with (
@@ -81,18 +86,31 @@ def evaluate(
         for batch in batches:
             input_ids = torch.stack(batch).to(device)
             reference = _whole(model, input_ids)
-            scores[UNQUANTIZED] += _score(
-                UNQUANTIZED, [reference], reference, input_ids, len(scores[UNQUANTIZED]), done
-            )
+            first = len(scores[UNQUANTIZED])
+            labels = _Labels(input_ids, counts[first : first + len(batch)], first_window=first)
+            scores[UNQUANTIZED] += _score(UNQUANTIZED, [reference], reference, labels, done)
             for name, context in variants.items():
                 with context():
                     pieces = _pieces(model, input_ids, path)
-                    scores[name] += _score(
-                        name, pieces, reference, input_ids, len(scores[name]), done
-                    )
+                    scores[name] += _score(name, pieces, reference, labels, done)
             # Before the next batch's logits are made.
             del reference
     return [WindowMetrics.from_scores(name, rows) for name, rows in scores.items()]
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What of a batch is scored.
+
+    Fields:
+        input_ids: int64 ``[B, T]``.
+        scored: of each window, how many of its last tokens.
+        first_window: number of the batch's first window, for errors.
+    """
+
+    input_ids: Tensor
+    scored: Sequence[int]
+    first_window: int
 
 
 def _whole(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -109,12 +127,12 @@ def _pieces(model: PreTrainedModel, input_ids: Tensor, path: MeasuredPath) -> It
     if path == "prefill":
         yield _whole(model, input_ids)
         return
-    cache = None
+    cache, name = None, cache_name(model.forward)
     for piece in input_ids[:, :-1].split(PIECE_TOKENS, dim=1):
         steps = []
         for token in piece.split(1, dim=1):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=token, use_cache=True, **{name: cache})
+            cache = returned_cache(output)
             steps.append(output.logits)
         yield torch.cat(steps, dim=1)
 
@@ -128,33 +146,37 @@ def _score(
     name: str,
     pieces: Iterable[Tensor],
     reference: Tensor,
-    input_ids: Tensor,
-    first_window: int,
+    labels: _Labels,
     done: Callable[[], None],
 ) -> list[WindowSums]:
     """Sums of each window of a batch.
 
     Args:
-        name: the variant; ``first_window`` is the number of the batch's first window, for errors.
+        name: the variant, for errors.
         pieces: its logits ``[B, n, V]`` of consecutive tokens, together T or T - 1.
         reference: ``[B, T, V]``, the unquantized model's logits.
-        input_ids: int64 ``[B, T]``.
+        labels: what is scored.
         done: called once a piece.
     """
-    B, T = input_ids.shape
+    B, T = labels.input_ids.shape
     sums = [(0, 0.0, 0.0, 0)] * B
     start = 0
     for logits in pieces:
         stop = min(start + logits.shape[1], T - 1)
-        for row, ids in enumerate(input_ids):
+        for row, ids in enumerate(labels.input_ids):
+            first = max(start, T - 1 - labels.scored[row])
+            if first >= stop:
+                continue
             metrics = token_metrics(
-                reference[row, start:stop], logits[row, : stop - start], ids[start + 1 : stop + 1]
+                reference[row, first:stop],
+                logits[row, first - start : stop - start],
+                ids[first + 1 : stop + 1],
             )
             nll, kl = float(metrics.nll.sum()), float(metrics.kl.sum())
-            _check_finite(name, first_window + row, nll + kl)
+            _check_finite(name, labels.first_window + row, nll + kl)
             tokens, nll_sum, kl_sum, agreement = sums[row]
             sums[row] = (
-                tokens + stop - start,
+                tokens + stop - first,
                 nll_sum + nll,
                 kl_sum + kl,
                 agreement + int(metrics.agrees.sum()),
@@ -187,6 +209,17 @@ def _check(rows: list[Tensor], variants: Mapping[str, Variant], path: str, batch
             f"a variant is named {UNQUANTIZED!r}, the name of the first row.",
             hint="give it another name",
         )
+
+
+def _check_scored(rows: list[Tensor], counts: list[int]) -> None:
+    if len(counts) != len(rows):
+        raise ConfigError(f"scored has {len(counts)} counts for {len(rows)} windows.")
+    for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        if not 1 <= count < len(row):
+            raise ConfigError(
+                f"scored is {count} for window {number} of {len(row)} tokens, expected 1 to "
+                f"{len(row) - 1}: the first token is only context."
+            )
 
 
 def _batches(rows: list[Tensor], batch_size: int) -> list[list[Tensor]]:

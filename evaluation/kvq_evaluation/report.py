@@ -179,12 +179,13 @@ def evaluate_sidecars(
     windows_available: int | None = None,
     path: MeasuredPath = "prefill",
     batch_size: int = 1,
+    scored: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> list[EvaluationRow]:
     """Measure sidecars against the unquantized model.
 
     Args:
-        model, windows, batch_size, progress: as for ``perplexity.evaluate``.
+        model, windows, batch_size, scored, progress: as for ``perplexity.evaluate``.
         sidecars: by the name that their row gets.
         dataset: what the windows were cut from.
         windows_available: windows in the text, if not all are given.
@@ -199,7 +200,13 @@ def evaluate_sidecars(
         name: partial(attach, model, sidecar, rule=rule) for name, sidecar in sidecars.items()
     }
     measured = evaluate(
-        model, windows, variants=variants, path=path, batch_size=batch_size, progress=progress
+        model,
+        windows,
+        variants=variants,
+        path=path,
+        batch_size=batch_size,
+        scored=scored,
+        progress=progress,
     )
     tokens = max(len(window) for window in windows)
     dtype_bits = float(8 * model.get_input_embeddings().weight.element_size())

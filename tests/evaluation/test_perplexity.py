@@ -12,8 +12,9 @@ from torch.nn import functional
 from transformers import LlamaForCausalLM
 
 from kvq_evaluation.baselines.hadamard_int import HadamardInt
-from kvq_evaluation.perplexity import PIECE_TOKENS, UNQUANTIZED, evaluate
+from kvq_evaluation.perplexity import PIECE_TOKENS, UNQUANTIZED, MeasuredPath, evaluate
 from kvq_formats.errors import CalibrationError, ConfigError, DataError
+from kvq_runtime.cache_argument import CACHE, with_one_name
 from kvq_runtime.evaluation_rule import attach_codec
 
 
@@ -111,6 +112,41 @@ def test_logits_are_dropped_after_their_batch(tiny_llama: LlamaForCausalLM) -> N
     assert alive == [0, 1, 1] * 3
 
 
+@pytest.mark.parametrize("path", ["prefill", "decode"])
+def test_only_the_last_tokens_of_a_window_may_count(
+    tiny_llama: LlamaForCausalLM, path: MeasuredPath
+) -> None:
+    length = PIECE_TOKENS + 20
+    windows = random_windows(3, length)
+    # Into the first piece of decoding, into the second, and one token.
+    scored = [length - 1 - 10, 7, 1]
+    flat = {"flat": variant(tiny_llama, lambda x: x / 2)}
+    options: dict[str, Any] = {"variants": flat, "path": path, "batch_size": 2}
+    for metrics in evaluate(tiny_llama, windows, scored=scored, **options):
+        assert metrics.tokens.tolist() == scored
+    with torch.no_grad():
+        log_p = tiny_llama(windows).logits[:, :-1].double().log_softmax(-1)
+    nll = -log_p.gather(-1, windows[:, 1:, None])[..., 0]
+    expected = [float(nll[row, -count:].sum()) for row, count in enumerate(scored)]
+    unquantized, _ = evaluate(tiny_llama, windows, scored=scored, **options)
+    assert unquantized.nll.tolist() == pytest.approx(expected, rel=1e-5)
+    # Counting all tokens by name is what happens without.
+    everything = [length - 1] * 3
+    for a, b in zip(
+        evaluate(tiny_llama, windows, scored=everything, **options),
+        evaluate(tiny_llama, windows, **options),
+        strict=True,
+    ):
+        assert torch.equal(a.nll, b.nll)
+        assert torch.equal(a.kl, b.kl)
+
+
+@pytest.mark.parametrize("scored", [[5], [9, 10], [0, 9]])
+def test_counts_that_do_not_fit_are_refused(tiny_llama: LlamaForCausalLM, scored: Any) -> None:
+    with pytest.raises(ConfigError, match="scored"):
+        evaluate(tiny_llama, random_windows(2, 10), variants={}, scored=scored)
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_decoding_through_a_cache_scores_the_same_tokens(
     tiny_llama: LlamaForCausalLM, batch_size: int
@@ -137,7 +173,7 @@ def test_decoding_feeds_one_token_a_forward_and_no_old_cache(tiny_llama: LlamaFo
     fed: list[tuple[tuple[int, ...], int]] = []
 
     def watch(_module: nn.Module, _args: object, arguments: dict[str, Any]) -> None:
-        cache = arguments.get("past_key_values")
+        cache = with_one_name(arguments).get(CACHE)
         fed.append((tuple(arguments["input_ids"].shape), cache.get_seq_length() if cache else 0))
 
     hook = tiny_llama.register_forward_pre_hook(watch, with_kwargs=True)
