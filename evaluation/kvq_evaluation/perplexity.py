@@ -15,6 +15,7 @@ from kvq_evaluation.statistics import WindowMetrics
 from kvq_formats.errors import CalibrationError, ConfigError, DataError
 from kvq_formats.progress import Progress, SilentProgress
 from kvq_runtime.cache_argument import cache_name, returned_cache
+from kvq_runtime.offload import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +76,7 @@ def evaluate(
     _check_scored(rows, counts)
     scores: dict[str, list[WindowSums]] = {name: [] for name in (UNQUANTIZED, *variants)}
     batches = _batches(rows, batch_size)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     listener = progress or SilentProgress()
     forwards = sum(_num_pieces(len(batch[0]), path) for batch in batches)
     with (

@@ -29,6 +29,7 @@ from kvq_runtime.cuda_graph import Capture, CaptureError, Recording, capture_cud
 from kvq_runtime.decode_step import DecodeStep
 from kvq_runtime.layer_step import addresses, count_token, prepare_token
 from kvq_runtime.modes import lasting_tensors
+from kvq_runtime.offload import input_device
 from kvq_runtime.rope import named_arguments
 from kvq_runtime.runtime_rule import attached_tap
 from kvq_runtime.step_arguments import StepArguments
@@ -80,7 +81,7 @@ class CapturedDecode(AbstractContextManager["CapturedDecode"]):
         """
         if capture is None:
             # First: without a GPU no other change would help.
-            check_cuda(model.device)
+            check_cuda(input_device(model))
         self.model, self.cache = model, cache
         self.device = check_capturable(model, cache)
         self.captures = self.replays = 0

@@ -16,6 +16,7 @@ from kvq_formats.errors import ConfigError, DataError
 from kvq_formats.progress import Progress, SilentProgress
 from kvq_runtime.cache_argument import cache_name
 from kvq_runtime.model_errors import first_line
+from kvq_runtime.offload import input_device
 from kvq_runtime.sampling import Sampling, seeded
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def generate_text(
         num_return_sequences=1,
         **sampling.options(),
     )
-    input_ids = input_ids.to(model.device)
+    input_ids = input_ids.to(input_device(model))
     chunks = 1 if prefill_chunk is None else -(-prompt_tokens // prefill_chunk)
     with ExitStack() as stack:
         stack.callback(stream.finish)
