@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvq_calibration.capture import KeyValueTap, evaluation_mode
 from kvq_calibration.packed_weights import check_differentiable
+from kvq_calibration.token_loss import loss_by_rows
 from kvq_formats.errors import CalibrationError
 from kvq_runtime.offload import input_device, is_offloaded
 
@@ -110,7 +111,8 @@ def backward(model: PreTrainedModel, tap: KeyValueTap, input_ids: Tensor, scale:
     ids = input_ids.to(input_device(model))
     while True:
         tap.start()
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        with loss_by_rows(model, scale.value):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         tap.stop()
         predicted = ids.shape[0] * (ids.shape[1] - 1)
         (loss * (predicted * scale.value)).backward()
