@@ -60,7 +60,7 @@ def main() -> int:
         for batch in windows.split(1):
             backward(model, tap, batch, scale)
             squared, _ = squared_gradients(tap, layer, scale)
-            keys = token_rows(tap.keys[layer], sink_tokens=config.sink_tokens)
+            keys = token_rows(tap.keys[layer].numbers(), sink_tokens=config.sink_tokens)
             squared = token_rows(squared, sink_tokens=config.sink_tokens)
             z = (keys - center) / half_range
             inlier = z.abs() <= 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvq_cli.output import Output
 from kvq_cli.sizes import context_for, context_within, show_bytes, show_tokens
-from kvq_formats.errors import DataError, NotEnoughMemoryError
+from kvq_formats.errors import ConfigError, DataError, NotEnoughMemoryError
 
 if TYPE_CHECKING:
     from kvq_formats.sidecar import Sidecar
@@ -64,6 +64,20 @@ def warn_beyond_positions(output: Output, capacity: int, positions: int | None) 
         output.warn(
             f"a context of {capacity:,} tokens is beyond the {positions:,} positions that the "
             "model was trained for: past them its text may make no sense"
+        )
+
+
+def check_within_window(capacity: int, limit: int | None, *, name: str) -> None:
+    """Refuse a context that the packed cache of a model whose layers all have a window cannot hold.
+
+    Raises ConfigError.
+    """
+    if limit is not None and capacity > limit:
+        raise ConfigError(
+            f"all layers of {name} attend within a window of {limit:,} tokens, and its packed "
+            f"cache serves texts of up to that length; {capacity:,} were asked for.",
+            hint=f"--context {context_within(limit)} with a prompt that leaves room, or fewer "
+            "--max-new-tokens; the stock cache of transformers serves longer texts",
         )
 
 

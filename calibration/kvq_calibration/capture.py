@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 
 from kvq_formats.errors import CalibrationError
 from kvq_runtime.offload import input_device
-from kvq_runtime.rope import AttentionCall, AttentionTap, RotaryCall
+from kvq_runtime.rope import AttentionCall, AttentionTap
+from kvq_runtime.rotary_channels import RotaryChannels, key_before_rope, splice
 
 
 @dataclass
@@ -27,20 +29,16 @@ class KeyValueTap(AttentionTap):
 
     layers: Collection[int]
     keep_values: bool = True
-    keys: dict[int, Tensor] = field(default_factory=dict)
+    keys: dict[int, CapturedKeys] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
     recording: bool = False
 
-    def on_rotary(self, call: RotaryCall) -> tuple[Tensor, Tensor]:
-        """Keep the keys, then rotate as the model does."""
-        if self.recording and call.layer_idx in self.layers:
-            self.keys[call.layer_idx] = _kept(call.key)
-        return call.rotate(call.query, call.key)
-
     def on_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Keep the values, then attend as the model does."""
-        if self.recording and self.keep_values and call.layer_idx in self.layers:
-            self.values[call.layer_idx] = _kept(call.value)
+        """Keep keys and values, then attend as the model does."""
+        if self.recording and call.layer_idx in self.layers:
+            self.keys[call.layer_idx] = CapturedKeys.of(call)
+            if self.keep_values:
+                self.values[call.layer_idx] = _kept(call.value)
         return call.attend(call.query, call.key, call.value)
 
     def start(self) -> None:
@@ -59,9 +57,51 @@ class KeyValueTap(AttentionTap):
         missing = sorted(set(self.layers) - set(self.keys))
         if missing:
             raise CalibrationError(
-                f"layer {missing[0]} never rotated its keys, so they cannot be taken before RoPE; "
-                "layers without RoPE are not supported."
+                f"layer {missing[0]} never called the attention that kvq measures it in."
             )
+
+
+@dataclass(frozen=True)
+class CapturedKeys:
+    """Keys of one layer before RoPE, in the pieces that the model has them in.
+
+    Fields:
+        rotary: ``[B, H, T, R]``, what goes through RoPE; None in layers without.
+        attended: ``[B, H, T, D]``, what the layer attends over; None where ``rotary`` is all of it.
+        channels: of ``rotary`` within D.
+    """
+
+    rotary: Tensor | None
+    attended: Tensor | None
+    channels: RotaryChannels
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> Self:
+        """Keep what a layer is about to attend over, as it was before RoPE.
+
+        Raises UnsupportedModelError where the model changes its keys after RoPE.
+        """
+        channels = key_before_rope(call).channels
+        rotary = None if call.rotary is None else _kept(call.rotary.key)
+        is_whole = channels == (0, call.key.shape[-1])
+        return cls(rotary, None if is_whole else _kept(call.key), channels)
+
+    def numbers(self) -> Tensor:
+        """``[B, H, T, D]``, model dtype, without a gradient."""
+        return self._joined(lambda piece: piece.detach())
+
+    def gradient(self) -> Tensor | None:
+        """Gradient of the loss at each of them, after a backward; None if none arrived."""
+        pieces = [piece for piece in (self.attended, self.rotary) if piece is not None]
+        if any(piece.grad is None for piece in pieces):
+            return None
+        return self._joined(lambda piece: cast(Tensor, piece.grad))
+
+    def _joined(self, look: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.attended is None or self.rotary is None:
+            piece = self.attended if self.rotary is None else self.rotary
+            return look(cast(Tensor, piece))
+        return splice(look(self.attended), look(self.rotary), self.channels)
 
 
 def _kept(x: Tensor) -> Tensor:

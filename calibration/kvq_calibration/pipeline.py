@@ -44,6 +44,7 @@ from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.models import quantized_layers
 from kvq_runtime.rope import tap_attention
+from kvq_runtime.rotary_channels import RotaryChannels
 
 Thresholds = dict[int, tuple[Tensor, Tensor]]
 """Layer index -> (center, half_range), f32 ``[H, D]``."""
@@ -57,13 +58,17 @@ def find_thresholds(
     *,
     batch_size: int,
     progress: Progress,
-) -> Thresholds:
-    """First pass: centre and half-range of every key channel, f32 ``[H, D]`` a layer."""
+) -> tuple[Thresholds, dict[int, RotaryChannels]]:
+    """First pass: centre and half-range of every key channel, f32 ``[H, D]`` a layer.
+
+    And which channels each layer rotates.
+    """
     total = windows.shape[0] * (windows.shape[1] - config.sink_tokens)
     quantiles = {
         layer: ChannelQuantiles(config.outlier_fraction, total_tokens=total) for layer in layers
     }
     tap = KeyValueTap(layers=layers, keep_values=False)
+    channels: dict[int, RotaryChannels] = {}
     batches = windows.split(batch_size)
     with tap_attention(model, tap), progress.stage("thresholds", len(batches)) as advance:
         for batch in batches:
@@ -71,13 +76,15 @@ def find_thresholds(
             run_decoder(model, batch)
             tap.stop()
             for layer, quantile in quantiles.items():
-                keys = token_rows(tap.keys[layer], sink_tokens=config.sink_tokens)
+                keys = token_rows(tap.keys[layer].numbers(), sink_tokens=config.sink_tokens)
                 quantile.add(finite(keys, layer_idx=layer, what="keys"))
+                channels[layer] = tap.keys[layer].channels
             advance()
-    return {
+    thresholds = {
         layer: center_and_half_range(*quantile.thresholds())
         for layer, quantile in quantiles.items()
     }
+    return thresholds, channels
 
 
 def _add_layer(
@@ -127,7 +134,7 @@ def measure_points(
         return token_rows(x, sink_tokens=config.sink_tokens)
 
     def add(layer: int, squared: tuple[Tensor, Tensor] | None) -> None:
-        keys = finite(rows(tap.keys.pop(layer)), layer_idx=layer, what="keys")
+        keys = finite(rows(tap.keys.pop(layer).numbers()), layer_idx=layer, what="keys")
         values = finite(rows(tap.values.pop(layer)), layer_idx=layer, what="values")
         weights = None if squared is None else (rows(squared[0]), rows(squared[1]))
         _add_layer(points[layer], keys, values, weights, thresholds[layer], config)
@@ -221,7 +228,7 @@ def calibrate(
     layers = quantized_layers(model.config)
     try:
         with evaluation_mode(model), weights_as_loaded(model):
-            thresholds = find_thresholds(
+            thresholds, channels = find_thresholds(
                 model, windows, config, layers, batch_size=batch_size, progress=progress
             )
             points = measure_points(
@@ -232,6 +239,7 @@ def calibrate(
             f"out of GPU memory while measuring {windows.shape[1]} tokens at a time: {error}",
             hint="--batch-size 1, --seq-len 1024, or --sensitivity none",
         ) from error
+    head_dim = base_model.fingerprint.head_dim
     parameters, statistics = {}, {}
     with progress.stage("codebooks", len(layers)) as advance:
         for layer in layers:
@@ -245,4 +253,5 @@ def calibrate(
         calibration=calibration,
         layers=parameters,
         statistics=statistics,
+        rotary_channels={layer: span for layer, span in channels.items() if span != (0, head_dim)},
     )

@@ -136,7 +136,7 @@ def squared_gradients(tap: KeyValueTap, layer_idx: int, scale: LossScale) -> tup
 
 
 def _gradients(tap: KeyValueTap, layer_idx: int) -> tuple[Tensor, Tensor]:
-    key, value = tap.keys[layer_idx].grad, tap.values[layer_idx].grad
+    key, value = tap.keys[layer_idx].gradient(), tap.values[layer_idx].grad
     if key is None or value is None:
         raise CalibrationError(f"no gradient reached layer {layer_idx}.")
     return key, value

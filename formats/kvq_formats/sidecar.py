@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Self
@@ -46,6 +46,8 @@ class Sidecar:
         calibration: the text that it was measured on.
         layers: parameters by layer_idx; a layer that is not here keeps its own cache.
         statistics: what the codebooks cost, of the same layers.
+        rotary_channels: channels ``[start, stop)`` of a key that its layer hands to the model's
+            rotary function; (0, 0) for layers without RoPE. A layer that is not here: all.
     """
 
     config: KVQConfig
@@ -53,6 +55,7 @@ class Sidecar:
     calibration: CalibrationRecord
     layers: dict[int, LayerParameters]
     statistics: dict[int, LayerStatistics]
+    rotary_channels: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the folder whole or not at all, and return its absolute path.
@@ -90,12 +93,19 @@ class Sidecar:
             raise altered(file, "the hash of its tensors is not the one that it states")
         if set(layers) != set(header.statistics):
             raise altered(file, "its statistics are of other layers than its tensors")
+        head_dim = header.base_model.fingerprint.head_dim
+        for layer_idx, (start, stop) in header.rotary_channels.items():
+            if layer_idx not in layers or not 0 <= start <= stop <= head_dim:
+                raise altered(
+                    file, f"layer {layer_idx} rotates channels {start} to {stop} of {head_dim}"
+                )
         return cls(
             config=header.config,
             base_model=header.base_model,
             calibration=header.calibration,
             layers=layers,
             statistics=dict(header.statistics),
+            rotary_channels=dict(header.rotary_channels),
         )
 
     @staticmethod
@@ -125,6 +135,7 @@ class Sidecar:
                 tokens=REPORTED_TOKENS,
             ).to_json(),
             tensors_sha256=tensors_sha256(tensors),
+            rotary_channels=dict(sorted(self.rotary_channels.items())),
         )
         metadata = {
             "format": "pt",

@@ -36,7 +36,7 @@ class SidecarHeader(BaseModel):
     Fields:
         format_version: of the files; apart from the version of the package.
         kvq_version: the package that wrote them.
-        config, base_model, calibration, statistics: as in ``Sidecar``.
+        config, base_model, calibration, statistics, rotary_channels: as in ``Sidecar``.
         effective_bits: at 32,768 tokens (see ``effective_bits``).
         tensors_sha256: of names, dtypes, shapes and bytes (see ``sidecar_tensors``).
 
@@ -53,6 +53,7 @@ class SidecarHeader(BaseModel):
     statistics: dict[int, LayerStatistics]
     effective_bits: dict[str, float | int]
     tensors_sha256: str
+    rotary_channels: dict[int, tuple[int, int]] = {}
 
     def to_json(self, *, indent: int | None = None) -> str:
         """JSON with sorted keys and its hash; the same header always gives the same text."""

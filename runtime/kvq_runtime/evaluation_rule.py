@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvq_formats.errors import KVQError, UnsupportedModelError
-from kvq_runtime.rope import AttentionCall, AttentionTap, RotaryCall, tap_attention
+from kvq_runtime.rope import AttentionCall, AttentionTap, tap_attention
+from kvq_runtime.rotary_channels import key_before_rope
 
 QUERY_BLOCK = 256
 """Queries that the banded attention scores at a time."""
@@ -59,7 +60,6 @@ class EvaluationTap(AttentionTap):
     def __init__(self, codec: CacheCodec) -> None:
         self.codec = codec
         self.mask: Tensor | None = None
-        self.exact_keys: dict[int, Tensor] = {}
 
     def on_forward(self, arguments: Mapping[str, Any]) -> None:
         """Learn which tokens are attended; refuse what the rule does not cover."""
@@ -77,32 +77,19 @@ class EvaluationTap(AttentionTap):
                 "mask [batch, tokens] or none."
             )
         self.mask = mask.bool() if mask is not None and not mask.bool().all() else None
-        self.exact_keys.clear()
-
-    def on_rotary(self, call: RotaryCall) -> tuple[Tensor, Tensor]:
-        """Decode keys before RoPE, then rotate them as the model does."""
-        if call.layer_idx not in self.codec.layers or self.codec.rotated_keys:
-            return call.rotate(call.query, call.key)
-        decoded = self._decoded(call.layer_idx, call.key, self.codec.decoded_keys)
-        if self.codec.recent_tokens:
-            self.exact_keys[call.layer_idx] = call.rotate(call.query, call.key)[1]
-        return call.rotate(call.query, decoded)
 
     def on_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Attend over decoded values and, for codecs after RoPE, decoded keys."""
-        layer_idx, key, value = call.layer_idx, call.key, call.value
+        """Attend over decoded keys and values."""
+        layer_idx, exact_key, value = call.layer_idx, call.key, call.value
         if layer_idx not in self.codec.layers:
-            return call.attend(call.query, key, value)
-        if not call.rotated:
-            raise UnsupportedModelError(
-                f"layer {layer_idx} attends without having rotated its keys: layers without RoPE "
-                "are not supported."
-            )
-        exact_key = key
+            return call.attend(call.query, exact_key, value)
         if self.codec.rotated_keys:
-            key = self._decoded(layer_idx, key, self.codec.decoded_keys)
-        elif self.codec.recent_tokens:
-            exact_key = self.exact_keys.pop(layer_idx)
+            key = self._decoded(layer_idx, exact_key, self.codec.decoded_keys)
+        else:
+            # Decoded before RoPE, then rotated as the model does.
+            before = key_before_rope(call)
+            decoded = self._decoded(layer_idx, before.key, self.codec.decoded_keys)
+            key = before.rotated(decoded)
         decoded_value = self._decoded(layer_idx, value, self.codec.decoded_values)
         if self.codec.recent_tokens == 0:
             return call.attend(call.query, key, decoded_value)

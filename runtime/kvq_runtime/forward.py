@@ -12,6 +12,7 @@ from torch import Tensor
 from kvq_formats.errors import KVQError, UnsupportedModelError
 from kvq_runtime.implementation import ImplementationName
 from kvq_runtime.position_runs import runs_of
+from kvq_runtime.rotary_channels import UNROTATED, RotaryChannels
 from kvq_runtime.rows import Row
 
 if TYPE_CHECKING:
@@ -102,19 +103,31 @@ class Forward:
         return self._lengths[device, counts]
 
     def expect_key(self, key: Tensor) -> Tensor:
-        """Note the key that a layer is about to cache, as its rotation returned it."""
+        """Note the key, or the part of it, that a layer's rotation returned; it is cached next."""
         self._expected = key
         return key
 
-    def check_key(self, key: Tensor) -> None:
-        """Raise UnsupportedModelError if a layer caches another key than the expected one."""
+    def check_key(self, key: Tensor, channels: RotaryChannels) -> None:
+        """Raise UnsupportedModelError if a layer caches another key than the expected one.
+
+        A part that the model joins with the rest of its key is another tensor by then; that it is
+        the same part was seen when the model was calibrated.
+        """
         expected, self._expected = self._expected, None
-        if expected is None:
+        start, stop = channels
+        if expected is None and channels != UNROTATED:
             raise UnsupportedModelError(
-                "a layer caches its keys without having rotated them: layers without RoPE are not "
-                "supported."
+                "a layer caches its keys without having rotated them; its sidecar says that it "
+                f"rotates channels {start} to {stop - 1}.",
+                hint="calibrate again: kvq calibrate MODEL --overwrite",
             )
-        if expected is not key:
+        if expected is not None and expected.shape[-1] != stop - start:
+            raise UnsupportedModelError(
+                f"a layer rotates {expected.shape[-1]} channels of its keys; its sidecar says "
+                f"{stop - start}.",
+                hint="calibrate again: kvq calibrate MODEL --overwrite",
+            )
+        if expected is not key and stop - start == key.shape[-1]:
             raise UnsupportedModelError(
                 "this model changes its keys between RoPE and the cache; kvq stores keys before "
                 "RoPE and cannot follow."

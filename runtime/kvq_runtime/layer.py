@@ -92,11 +92,13 @@ class PackedLayer(CacheLayerMixin):
                 "a packed cache is used outside of the `with kvq.attach(...)` that reads it.",
                 hint="run the model inside `with kvq.attach(model, sidecar):`",
             )
-        self.forward.check_key(key_states)
+        rotary = self.codec.rotary
+        self.forward.check_key(key_states, rotary.channels)
+        stored = rotary.ordered(key_states)
         if isinstance(self.forward, StepForward):
-            put_token(self, key_states, value_states, self.forward)
+            put_token(self, stored, value_states, self.forward)
         else:
-            self.append(key_states, value_states, forward=self.forward)
+            self.append(stored, value_states, forward=self.forward)
         shape = (*key_states.shape[:2], self.slots, key_states.shape[-1])
         return PackedStates(self, shape, key_states), PackedStates(self, shape, value_states)
 

@@ -182,7 +182,7 @@ def page_codecs(model: PreTrainedModel, sidecar: Sidecar) -> dict[int, PageCodec
 
     Raises UnsupportedModelError where the model's rotation is not understood.
     """
-    rotaries: Mapping[int, LayerRotary] = learn_rotary(model)
+    rotaries: Mapping[int, LayerRotary] = learn_rotary(model, sidecar.rotary_channels)
     codecs: dict[int, PageCodec] = {}
     workspace = Workspace()
     for layer_idx, layer in sidecar.layers.items():

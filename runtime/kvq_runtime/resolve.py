@@ -24,7 +24,12 @@ from kvq_runtime.hub import (
 from kvq_runtime.model_errors import explain_config_error
 from kvq_runtime.model_files import check_files, check_repository_name, check_weights, is_complete
 from kvq_runtime.quiet import quiet_transformers
-from kvq_runtime.supported_models import check_supported, quantized_layers, text_config
+from kvq_runtime.supported_models import (
+    check_supported,
+    context_limit,
+    quantized_layers,
+    text_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,6 +62,11 @@ class ResolvedModel:
         """Tokens that the model was made for; None if its configuration does not say."""
         positions = text_config(self.config).get("max_position_embeddings")
         return positions if isinstance(positions, int) and positions > 0 else None
+
+    @property
+    def context_limit(self) -> int | None:
+        """Tokens that a quantized cache can serve; None without such a limit."""
+        return context_limit(self.config)
 
     @property
     def source(self) -> dict[str, Any]:
@@ -209,6 +219,11 @@ def _read_config(
 
 def _left_out(config: PreTrainedConfig) -> tuple[str, ...]:
     count = Fingerprint.from_config(text_config(config)).num_hidden_layers
+    if (limit := context_limit(config)) is not None:
+        return (
+            f"all {count} layers attend within a window of {limit:,} tokens: the packed cache "
+            "serves texts of up to that length.",
+        )
     left = count - len(quantized_layers(config))
     if not left:
         return ()

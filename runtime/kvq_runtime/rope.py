@@ -50,8 +50,8 @@ class RotaryCall:
 
     Fields:
         layer_idx: index of the layer.
-        query: ``[B, HQ, T, D]``, before RoPE, model dtype.
-        key: ``[B, H, T, D]``, before RoPE and after any k-norm.
+        query: ``[B, HQ, T, R]``, before RoPE, model dtype; R < D where the model cuts out a part.
+        key: ``[B, H, T, R]``, before RoPE and after any k-norm.
         rotate: the model's own rotation at these positions, ``(query, key) -> (query, key)``.
     """
 
@@ -67,7 +67,8 @@ class AttentionCall:
 
     Fields:
         layer_idx: index of the layer.
-        rotated: whether the layer has rotated its keys.
+        rotary: the rotation that came before; None if the layer has not rotated its keys.
+        rotated_key: ``[B, H, T, R]``, what ``on_rotary`` returned for it.
         query: ``[B, HQ, T, D]``; key, value: ``[B, H, S, D]``, as the cache returned them.
         options: what the model passes on: scaling, softcap, s_aux, sliding_window, ...
         attend: the model's own attention, ``(query, key, value) -> (output [B, T, HQ, D],
@@ -75,7 +76,8 @@ class AttentionCall:
     """
 
     layer_idx: int
-    rotated: bool
+    rotary: RotaryCall | None
+    rotated_key: Tensor | None
     query: Tensor
     key: Tensor
     value: Tensor
@@ -142,11 +144,12 @@ class _Layer:
 
     Fields:
         layer_idx: index of the layer.
-        rotated: (H, D) of the keys that the layer rotated, None if it has not.
+        rotary, rotated_key: as in ``AttentionCall``.
     """
 
     layer_idx: int
-    rotated: tuple[int, int] | None = None
+    rotary: RotaryCall | None = None
+    rotated_key: Tensor | None = None
 
 
 class _RunningLayers(threading.local):
@@ -193,14 +196,14 @@ class _RotaryPatch:
         if number is None or (tap := self.taps.get(number)) is None:
             return self.stock(q, k, *args, **kwargs)
         layer = _running.of[number]
-        layer.rotated = (k.shape[1], k.shape[-1])
-        call = RotaryCall(
+        layer.rotary = call = RotaryCall(
             layer_idx=layer.layer_idx,
             query=q,
             key=k,
             rotate=lambda query, key: self.stock(query, key, *args, **kwargs),
         )
-        return tap.on_rotary(call)
+        query, layer.rotated_key = tap.on_rotary(call)
+        return query, layer.rotated_key
 
     def running(self) -> int | None:
         """Number of the tap whose model runs in this thread, the innermost; None if there is none.
@@ -252,19 +255,13 @@ def _attention_tapped(model: PreTrainedModel, number: int, tap: AttentionTap) ->
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        attended = (key.shape[1], key.shape[-1])
         layer = _running.of.get(number)
-        rotated = None if layer is None else layer.rotated
-        if rotated not in (None, attended):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} rotates keys of (heads, channels) {rotated} and "
-                f"attends over {attended}; keys of which a part bypasses RoPE are not supported."
-            )
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
         call = AttentionCall(
             layer_idx=layer_index(module),
-            rotated=rotated is not None,
+            rotary=None if layer is None else layer.rotary,
+            rotated_key=None if layer is None else layer.rotated_key,
             query=query,
             key=key,
             value=value,
@@ -378,8 +375,8 @@ def _rotary_files(model: PreTrainedModel, modules: Collection[nn.Module]) -> set
     for file in files:
         if not hasattr(file, ROTARY_FUNCTION):
             raise UnsupportedModelError(
-                f"{name} rotates its keys in a way that kvq does not know: "
-                f"{file.__name__} has no {ROTARY_FUNCTION}."
+                f"{name} has no RoPE that kvq could store keys before: {file.__name__} has no "
+                f"{ROTARY_FUNCTION}."
             )
         if "k" not in inspect.signature(getattr(file, ROTARY_FUNCTION)).parameters:
             raise UnsupportedModelError(
@@ -398,7 +395,7 @@ def tap_attention(model: PreTrainedModel, tap: AttentionTap) -> Iterator[None]:
     Raises:
         UnsupportedModelError: no attention module was found, its modeling file has no rotary
             function of queries and keys, or the model does not use transformers' attention
-            interface. A forward raises it where keys are rotated in part.
+            interface.
         KVQError: the model is tapped already. A forward raises it while another thread runs one.
     """
     modules = attention_modules(model).values()

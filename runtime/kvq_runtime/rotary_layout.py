@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from kvq_formats.errors import UnsupportedModelError
 from kvq_formats.fingerprint import Fingerprint
 from kvq_kernels.rotary import RotaryAngles, rotate
 from kvq_runtime.rope import ROTARY_FUNCTION, attention_modules
+from kvq_runtime.rotary_channels import UNROTATED, RotaryChannels
 from kvq_runtime.rotary_source import (
     FREQUENCIES,
     RotarySource,
@@ -61,11 +62,26 @@ class LayerRotary:
             channel order.
         rotary_dim: R, channels that are rotated.
         read_angles: what ``angles`` calls.
+        channels: those that the layer hands to the model's rotary function.
     """
 
     order: Tensor
     rotary_dim: int
     read_angles: Callable[[], RotaryAngles]
+    channels: RotaryChannels
+    _orders: dict[torch.device, Tensor | slice] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def ordered(self, x: Tensor) -> Tensor:
+        """``[..., D]`` in rotary channel order; ``x`` itself where that is the model's own."""
+        order = self._orders.get(x.device)
+        if order is None:
+            straight = torch.equal(self.order, torch.arange(len(self.order)))
+            # A slice copies nothing.
+            order = slice(None) if straight else self.order.to(x.device)
+            self._orders[x.device] = order
+        return x[..., order]
 
     def angles(self) -> RotaryAngles:
         """The angles of the model as it is now.
@@ -76,8 +92,24 @@ class LayerRotary:
         return self.read_angles()
 
 
-def learn_rotary(model: PreTrainedModel) -> Mapping[int, LayerRotary]:
+def unrotated(head_dim: int) -> LayerRotary:
+    """A layer without RoPE, told as a rotation by nothing: every pair has frequency 0."""
+    if head_dim % 2:
+        raise UnsupportedModelError(
+            f"layers without RoPE have keys of {head_dim} channels, expected an even number."
+        )
+    angles = RotaryAngles(torch.zeros(head_dim // 2, dtype=torch.float64, device="cpu"))
+    order = torch.arange(head_dim, device="cpu")
+    return LayerRotary(order, head_dim, lambda: angles, channels=UNROTATED)
+
+
+def learn_rotary(
+    model: PreTrainedModel, channels: Mapping[int, RotaryChannels] | None = None
+) -> Mapping[int, LayerRotary]:
     """How each quantized layer of ``model`` rotates its keys, by layer index.
+
+    ``channels`` are those that go through the model's rotary function, all of a key in layers that
+    are not in it.
 
     Runs the model's rotary modules and functions on a few small tensors; the model, its hooks, and
     the random state stay as they were.
@@ -95,22 +127,37 @@ def learn_rotary(model: PreTrainedModel) -> Mapping[int, LayerRotary]:
         if any(buffer.endswith(FREQUENCIES) for buffer in module._buffers)
     }
     attentions = attention_modules(model)
-    learned: dict[tuple[nn.Module, str | None, Callable[..., Any]], LayerRotary] = {}
+    learned: dict[tuple[nn.Module, str | None, Callable[..., Any], int], LayerRotary] = {}
     layers: dict[int, LayerRotary] = {}
+    bare: LayerRotary | None = None
     for layer_idx in quantized_layers(model.config):
         if layer_idx not in attentions:
             raise unsupported_rotation(
                 model, f"layer {layer_idx} has no attention that kvq understands"
             )
+        start, stop = (channels or {}).get(layer_idx, (0, head_dim))
+        if (start, stop) == UNROTATED:
+            # One for all, as with the others: what is made for one token serves every layer.
+            layers[layer_idx] = bare = bare or unrotated(head_dim)
+            continue
         attention = attentions[layer_idx]
         layer_type = types[layer_idx] if types else None
         source = find_source(model, rotary, names[attention], layer_type)
         function = _rotary_function(model, attention)
-        key = (source.module, source.layer_type, function)
+        key = (source.module, source.layer_type, function, stop - start)
         if key not in learned:
-            learned[key] = _learn(_Probe(model, source, function, head_dim))
+            part = _learn(_Probe(model, source, function, stop - start))
+            learned[key] = _within(part, (start, stop), head_dim)
         layers[layer_idx] = learned[key]
     return layers
+
+
+def _within(part: LayerRotary, channels: RotaryChannels, head_dim: int) -> LayerRotary:
+    """What was learned of a part of a key, told of the whole of it."""
+    start, stop = channels
+    rest = [*range(start), *range(stop, head_dim)]
+    order = torch.cat([part.order + start, torch.tensor(rest, dtype=torch.int64, device="cpu")])
+    return replace(part, order=order, channels=channels)
 
 
 def _rotary_function(model: nn.Module, attention: nn.Module) -> Callable[..., Any]:
@@ -131,7 +178,7 @@ class _Probe:
 
     Fields:
         model: for messages.
-        head_dim: D.
+        head_dim: channels of a key that the function is given.
     """
 
     model: nn.Module
@@ -188,7 +235,12 @@ def _learn(probe: _Probe) -> LayerRotary:
     order = torch.tensor([*first, *second, *rest], dtype=torch.int64, device="cpu")
     with probe.source.undisturbed():
         _check(probe, order)
-    return LayerRotary(order=order, rotary_dim=2 * len(pairs), read_angles=probe.source.angles)
+    return LayerRotary(
+        order=order,
+        rotary_dim=2 * len(pairs),
+        read_angles=probe.source.angles,
+        channels=(0, probe.head_dim),
+    )
 
 
 def _pairs(probe: _Probe) -> tuple[list[tuple[int, int]], list[int]]:

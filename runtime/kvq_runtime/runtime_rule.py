@@ -26,15 +26,17 @@ from kvq_runtime.cache import adopt, packed_layers
 from kvq_runtime.decode_step import StepForward
 from kvq_runtime.forward import Forward, Rule, check_positions, spans
 from kvq_runtime.implementation import ImplementationName
-from kvq_runtime.layer import PackedStates
+from kvq_runtime.layer import PackedLayer, PackedStates
 from kvq_runtime.page_codec import PageCodec
 from kvq_runtime.rope import (
     AttentionCall,
     AttentionTap,
     MaskFunction,
     RotaryCall,
+    rotary_modules,
     tap_attention,
 )
+from kvq_runtime.rotary_channels import UNROTATED, splice
 from kvq_runtime.rows import attended_mask
 
 HONOURED_OPTIONS = frozenset({"scaling", "softcap", "s_aux", "sliding_window", "dropout"})
@@ -77,10 +79,9 @@ class RuntimeTap(AttentionTap):
         self.forward: Forward | None = None
         self.attended: Tensor | None = None
         self.shape = (0, 0)
-        self.stock: dict[int, tuple[Tensor, Tensor]] = {}
         self.stock_prefill = False
         self.keeps_cache = True
-        self.orders: dict[int, Tensor | slice] = {}
+        self.all_packed = False
 
     def close(self) -> None:
         """Caches that are kept beyond the attachment say so when they are used."""
@@ -110,15 +111,19 @@ class RuntimeTap(AttentionTap):
         if wanted is None:
             wanted = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
         self.keeps_cache = bool(wanted) or arguments.get("past_key_values") is not None
+        self.all_packed = all(isinstance(layer, PackedLayer) for layer in cache.layers)
         # Weakly: who drops a cache gets its memory back, and not only at the next forward.
         self.cache, self.shape = weakref.ref(cache), (inputs.shape[0], inputs.shape[1])
         slots = cache.get_seq_length()
         self.forward = self._step_of(cache)
         if self.forward is None:
             self.attended = self._attended(arguments.get("attention_mask"), cache)
-        self.stock.clear()
         is_step = self.forward is not None
         self.stock_prefill = self.rule == "exact-prefill" and slots == 0 and not is_step
+        if not is_step and not rotary_modules(self.model.base_model):
+            # Nobody will ask for the rotation of positions: no layer has RoPE.
+            places = torch.arange(slots, slots + self.shape[1], device=inputs.device)
+            self.on_positions(places[None])
         return {"past_key_values": cache}
 
     def on_output(self, output: Any) -> Any:
@@ -167,8 +172,11 @@ class RuntimeTap(AttentionTap):
         """Masks for stock layers; packed ones mask for themselves, at any length."""
 
         def mask(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("local_size") is not None or self.stock_prefill:
+            if self.stock_prefill:
                 return stock(*args, **kwargs)
+            if kwargs.get("local_size") is not None:
+                # Where every layer has a window, all are packed, and no text outgrows it.
+                return None if self.all_packed else stock(*args, **kwargs)
             if kwargs.get("mask_function") is not causal_mask_function:
                 raise UnsupportedModelError(
                     "the model masks its attention in a way of its own (not causal over the whole "
@@ -179,56 +187,51 @@ class RuntimeTap(AttentionTap):
         return mask
 
     def on_rotary(self, call: RotaryCall) -> tuple[Tensor, Tensor]:
-        """Rotate the query; the key goes to the cache as it is, in rotary channel order."""
-        codec = self.codecs.get(call.layer_idx)
-        if codec is None:
+        """Let both through as they are: the key is cached so, the query is rotated later."""
+        if call.layer_idx not in self.codecs:
             return call.rotate(call.query, call.key)
         if self.forward is None:
             raise UnsupportedModelError(
                 "the model rotates its keys without having asked for positions; kvq cannot know "
                 "where they are."
             )
-        if self.stock_prefill:
-            self.stock[call.layer_idx] = call.rotate(call.query, call.key)
-        order = self._order(call.layer_idx, codec, call.key.device)
-        key = self.forward.expect_key(call.key[..., order])
-        asked = call.query[..., order]
-        if self.impl == "triton" and asked.shape[2] == 1:
-            positions = self.forward.on(asked.device).positions[:, 0]
-            query = codec.kernels.rotate(asked[:, :, 0], positions, codec.rotary.angles())
-            return query[:, :, None], key
-        cos, sin = self.forward.cos_sin(codec.rotary, asked.device)
-        return rotate(asked, cos[:, None], sin[:, None]).to(asked.dtype), key
+        # An object of its own, by which the key is known when it is cached.
+        return call.query, self.forward.expect_key(call.key[...])
 
     def on_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Attend over packed pages, or as the model does where a layer is not packed."""
         states: Any = call.key
+        codec = self.codecs.get(call.layer_idx)
         if not isinstance(states, PackedStates):
-            if call.layer_idx in self.codecs:
+            if codec is not None:
                 raise UnsupportedModelError(
                     f"layer {call.layer_idx} attends to keys that did not come from the cache."
                 )
             return call.attend(call.query, call.key, call.value)
+        assert codec is not None
         tokens = max((row.tokens for row in states.layer.rows), default=0)
         if isinstance(self.forward, StepForward):
             _check_window(call.options, states.layer.get_max_length())
         options = attention_options(call.options, tokens=tokens, head_dim=states.shape[-1])
-        if (rotated := self.stock.pop(call.layer_idx, None)) is not None:
+        if self.stock_prefill:
             states.layer.end_reading()
             fed: Any = call.value
-            return call.attend(*rotated, fed.fed)
-        output = states.layer.attend(call.query, options, rule=self.rule)
-        return output.to(call.query.dtype), None
+            return call.attend(*_rotated_by_the_model(call, states.fed, codec), fed.fed)
+        query = self._rotated_query(call.query, codec)
+        return states.layer.attend(query, options, rule=self.rule).to(query.dtype), None
 
-    def _order(self, layer_idx: int, codec: PageCodec, device: torch.device) -> Tensor | slice:
-        order = self.orders.get(layer_idx)
-        if order is None:
-            learned = codec.rotary.order
-            straight = torch.equal(learned.cpu(), torch.arange(len(learned)))
-            # A slice copies nothing.
-            order = slice(None) if straight else learned.to(device)
-            self.orders[layer_idx] = order
-        return order
+    def _rotated_query(self, query: Tensor, codec: PageCodec) -> Tensor:
+        """``[B, HQ, T, D]``, in rotary channel order."""
+        assert self.forward is not None
+        ordered = codec.rotary.ordered(query)
+        if codec.rotary.channels == UNROTATED:
+            return ordered
+        if self.impl == "triton" and query.shape[2] == 1:
+            positions = self.forward.on(query.device).positions[:, 0]
+            turned = codec.kernels.rotate(ordered[:, :, 0], positions, codec.rotary.angles())
+            return turned[:, :, None]
+        cos, sin = self.forward.cos_sin(codec.rotary, query.device)
+        return rotate(ordered, cos[:, None], sin[:, None]).to(query.dtype)
 
     def _step_of(self, cache: Cache) -> Forward | None:
         """The forward of a captured step, if this is one: all that it reads is on the device."""
@@ -270,6 +273,17 @@ class RuntimeTap(AttentionTap):
             )
         current = mask[:, slots:]
         return None if bool(current.all()) else current
+
+
+def _rotated_by_the_model(
+    call: AttentionCall, key: Tensor, codec: PageCodec
+) -> tuple[Tensor, Tensor]:
+    """Query and key ``[B, heads, T, D]`` as the stock model would attend with them."""
+    if call.rotary is None:
+        return call.query, key
+    start, stop = channels = codec.rotary.channels
+    parts = call.rotary.rotate(call.query[..., start:stop], key[..., start:stop])
+    return splice(call.query, parts[0], channels), splice(key, parts[1], channels)
 
 
 def attention_options(

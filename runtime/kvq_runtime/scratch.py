@@ -53,8 +53,8 @@ def scratch_bytes(
     stream = S * shape.hidden_size * (2 * item + F32)
     mlp = 3 * S * _mlp_width(facts, shape.hidden_size) * item
     HQ, H, D = shape.num_attention_heads, shape.num_kv_heads, shape.head_dim
-    # Queries, keys and values as projected, cosines and sines, and the f32 output.
-    attention = S * D * ((HQ + 2 * H) * item + (HQ + 2) * F32)
+    # Queries, keys and values as projected, rotated queries, cosines and sines, the f32 output.
+    attention = S * D * ((2 * HQ + 2 * H) * item + (HQ + 2) * F32)
     layer: dict[str, Any] = {
         "num_heads": HQ,
         "num_kv_heads": H,

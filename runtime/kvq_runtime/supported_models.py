@@ -1,10 +1,15 @@
-"""Which models kvq understands, and which of their layers it quantizes."""
+"""What a configuration says: which layers are quantized, and what cannot be served at all.
+
+Whether kvq understands what a model does with its keys is tried out, see ``examine``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import UnsupportedModelError
 from kvq_formats.fingerprint import Fingerprint
 
@@ -13,26 +18,19 @@ if TYPE_CHECKING:
 
 EXAMPLE = "MODEL is a decoder with rotary embeddings: Llama, Qwen, Mistral, Phi-3, Gemma, ..."
 
-STATE_SPACE_KEYS = frozenset(
-    {"layers_block_type", "attn_layer_indices", "attn_layer_period", "block_types"}
+FIXED_TYPES = frozenset(
+    {"sliding_attention", "chunked_attention", "linear_attention", "conv", "mamba", "moe", "mlp"}
 )
-"""Keys by which configurations mix attention with recurrent layers without ``layer_types``."""
-
-ROPE_ON_SLIDING_LAYERS = frozenset(
-    {"afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1"}
-)
-"""Families whose sliding layers rotate their keys and whose full layers do not."""
-
-ROPE_ON_PART_OF_A_KEY = frozenset({"persimmon", "phi", "stablelm"})
-"""Families that split keys before the rotary function and rotate one part."""
-
-NORM_AFTER_ROPE = frozenset({"hunyuan_v1_dense", "hunyuan_v1_moe"})
-"""Families whose k-norm follows RoPE: keys before RoPE are not what attention reads, rotated."""
+"""Layer types whose cache does not grow beyond a window, or that have none."""
 
 
 def text_config(config: PreTrainedConfig) -> Mapping[str, Any]:
-    """The configuration of the text decoder as a dict."""
-    facts: dict[str, Any] = config.get_text_config(decoder=True).to_dict()
+    """The configuration of the text decoder as a dict, under the names that transformers shares."""
+    decoder = config.get_text_config(decoder=True)
+    facts: dict[str, Any] = decoder.to_dict()
+    for shared, own in decoder.attribute_map.items():
+        if own in facts:
+            facts.setdefault(shared, facts[own])
     return facts
 
 
@@ -40,21 +38,70 @@ def quantized_layers(config: PreTrainedConfig) -> tuple[int, ...]:
     """Indices of the layers whose cache is quantized: those that attend to the whole context.
 
     Layers with a sliding window or a recurrent state hold a cache that does not grow, and keep it.
-    A window as long as the model's positions hides nothing and counts as full attention. Raises
+    A window as long as the model's positions hides nothing and counts as full attention. Where all
+    layers have a window, all are quantized, and serve texts within it (``context_limit``). Raises
     UnsupportedModelError if no layer is left.
     """
-    facts = text_config(config)
-    types = _layer_types(facts)
+    types = layer_types(config)
     layers = tuple(index for index, name in enumerate(types) if name == "full_attention")
-    if not layers:
-        names = ", ".join(sorted(set(types)))
+    if layers:
+        return layers
+    window = context_limit(config)
+    if window is not None and window > PAGE_TOKENS:
+        return tuple(range(len(types)))
+    names = ", ".join(sorted(set(types)))
+    subject = f"none of the {len(types)} layers of this {config.model_type} model"
+    if set(types) - FIXED_TYPES:
         raise UnsupportedModelError(
-            f"none of the {len(types)} layers of this {facts.get('model_type')} model attends to "
-            f"the whole context ({names}): its cache does not grow, and there is nothing to "
-            "quantize.",
-            hint=EXAMPLE,
+            f"{subject} is of a type that kvq knows how to quantize ({names}).", hint=EXAMPLE
         )
-    return layers
+    within = "" if window is None else f"; windows of {window} tokens hold no page of {PAGE_TOKENS}"
+    raise UnsupportedModelError(
+        f"{subject} attends to the whole context ({names}): its cache does not grow, and there is "
+        f"nothing to quantize{within}.",
+        hint=EXAMPLE,
+    )
+
+
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """Tokens that a quantized cache can serve: the window, where every layer has the same one."""
+    if set(layer_types(config)) != {"sliding_attention"}:
+        return None
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    _, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    windows = {given["sliding_window"] for given in options}
+    return int(windows.pop()) if len(windows) == 1 else None
+
+
+def layer_types(config: PreTrainedConfig) -> list[str]:
+    """One name a layer, as transformers makes caches by; windows that hide nothing count as full.
+
+    Raises UnsupportedModelError where the configuration gives none.
+    """
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    decoder = config.get_text_config(decoder=True)
+    positions = getattr(decoder, "max_position_embeddings", None)
+    try:
+        types, options = get_layer_types_and_kwargs(decoder)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"transformers makes no cache of layers for models of type {config.model_type} "
+            f"({error}).",
+            hint=EXAMPLE,
+        ) from error
+
+    def name_of(kind: str, window: int | None) -> str:
+        hides = bool(window) and not (positions and window and window >= positions)
+        if kind == "attention" or (kind == "sliding_attention" and not hides):
+            return "full_attention"
+        return kind
+
+    return [
+        name_of(kind, given.get("sliding_window"))
+        for kind, given in zip(types, options, strict=True)
+    ]
 
 
 def check_supported(config: PreTrainedConfig, *, name: str) -> None:
@@ -62,7 +109,7 @@ def check_supported(config: PreTrainedConfig, *, name: str) -> None:
     for reason in _reasons_against_class(config):
         raise UnsupportedModelError(f"{name} {reason}.", hint=EXAMPLE)
     facts = text_config(config)
-    for reason in _reasons_against_attention(facts):
+    for reason in chain(_reasons_against_layers(config), _reasons_against_attention(facts)):
         raise UnsupportedModelError(f"{name} {reason}.", hint=EXAMPLE)
     quantized_layers(config)
 
@@ -97,23 +144,23 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
     )
 
 
+def _reasons_against_layers(config: PreTrainedConfig) -> Iterator[str]:
+    layers = getattr(config.get_text_config(decoder=True), "per_layer_config", None) or ()
+    for field in ("head_dim", "num_key_value_heads"):
+        sizes = {getattr(layer, field, None) for layer in layers}
+        if len(sizes) > 1:
+            found = ", ".join(sorted(map(str, sizes)))
+            yield f"has layers whose caches differ in shape ({field} is {found})"
+
+
 def _reasons_against_attention(facts: Mapping[str, Any]) -> Iterator[str]:
     if facts.get("kv_lora_rank") is not None:
         yield (
             "uses multi-head latent attention (MLA, kv_lora_rank in its configuration), which "
             "caches one latent vector a token instead of keys and values"
         )
-    if facts.get("num_attention_heads") is None and facts.get("n_head") is None:
-        yield f"has no attention layers (type {facts.get('model_type')})"
-    if facts.get("layer_types") is None and (
-        facts.keys() & STATE_SPACE_KEYS or any(key.startswith("mamba_") for key in facts)
-    ):
-        yield "mixes attention with recurrent layers in a way that kvq does not know"
     if facts.get("num_kv_shared_layers") or "reuse" in (facts.get("kv_sharing_modes") or ()):
         yield "shares one cache among several layers"
-    if facts.get("model_type") == "llama4_text":
-        yield "rotates its keys as complex numbers (Llama 4)"
-    yield from _reasons_against_rope(facts)
     if facts.get("alibi"):
         yield "has ALiBi position biases instead of rotary embeddings"
     fingerprint = Fingerprint.from_config(facts)
@@ -121,39 +168,3 @@ def _reasons_against_attention(facts: Mapping[str, Any]) -> Iterator[str]:
         if facts.get(other) not in (None, fingerprint.head_dim):
             sizes = f"head_dim {fingerprint.head_dim}, {other} {facts[other]}"
             yield f"has vectors of two sizes ({sizes})"
-    if fingerprint.rope == {"rope_type": "none"}:
-        yield "has no rotary position embeddings"
-
-
-def _reasons_against_rope(facts: Mapping[str, Any]) -> Iterator[str]:
-    model_type = facts.get("model_type")
-    # SmolLM3 lists a layer with RoPE as 1 and one without as 0.
-    unrotated = 0 in (facts.get("no_rope_layers") or ())
-    if unrotated or (model_type in ROPE_ON_SLIDING_LAYERS and facts.get("sliding_window")):
-        yield f"has layers without RoPE that attend to the whole context (type {model_type})"
-    if model_type in ROPE_ON_PART_OF_A_KEY:
-        yield f"rotates a part of each key apart from the rest (type {model_type})"
-    if model_type in NORM_AFTER_ROPE:
-        yield f"normalises its keys after RoPE (type {model_type})"
-
-
-def _layer_types(facts: Mapping[str, Any]) -> list[str]:
-    count = Fingerprint.from_config(facts).num_hidden_layers
-    positions = facts.get("max_position_embeddings")
-
-    def hides(window: int | None) -> bool:
-        return bool(window) and not (positions and window and window >= positions)
-
-    window = facts.get("sliding_window")
-    if facts.get("use_sliding_window") is False:
-        window = None
-    if facts.get("layer_types"):
-        names = {"attention": "full_attention"}
-        if not hides(window):
-            names["sliding_attention"] = "full_attention"
-        return [names.get(name, name) for name in facts["layer_types"]]
-    if hides(window):
-        return ["sliding_attention"] * count
-    if hides(facts.get("attention_chunk_size")):
-        return ["chunked_attention"] * count
-    return ["full_attention"] * count

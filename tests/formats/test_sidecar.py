@@ -181,6 +181,7 @@ def test_metadata_and_json_agree(saved: Path) -> None:
         "statistics",
         "effective_bits",
         "tensors_sha256",
+        "rotary_channels",
         "document_sha256",
     }
     assert document["effective_bits"]["tokens"] == 32768

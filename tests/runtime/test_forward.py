@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kvq_formats.errors import KVQError, UnsupportedModelError
 from kvq_runtime.forward import Forward, check_positions, spans
+from kvq_runtime.rotary_channels import UNROTATED
 
 
 @given(st.lists(st.booleans(), max_size=30))
@@ -39,15 +40,29 @@ def test_positions_that_go_back() -> None:
 
 def test_a_key_that_is_not_the_one_that_was_expected() -> None:
     forward = Forward.consecutive(0, 1, 2, device=torch.device("cpu"))
-    key = torch.zeros(1, 2, 2, 4)
+    key, whole = torch.zeros(1, 2, 2, 4), (0, 4)
     with pytest.raises(UnsupportedModelError, match="without having rotated"):
-        forward.check_key(key)
-    forward.check_key(forward.expect_key(key))
+        forward.check_key(key, whole)
+    forward.check_key(forward.expect_key(key), whole)
     with pytest.raises(UnsupportedModelError, match="without having rotated"):
-        forward.check_key(key)
+        forward.check_key(key, whole)
     forward.expect_key(key)
     with pytest.raises(UnsupportedModelError, match="between RoPE and the cache"):
-        forward.check_key(key * 2)
+        forward.check_key(key * 2, whole)
+
+
+def test_a_part_of_a_key_and_none_of_it() -> None:
+    forward = Forward.consecutive(0, 1, 2, device=torch.device("cpu"))
+    key = torch.zeros(1, 2, 2, 4)
+    forward.expect_key(key[..., 1:3])
+    forward.check_key(key, (1, 3))
+    forward.check_key(key, UNROTATED)
+    forward.expect_key(key)
+    with pytest.raises(UnsupportedModelError, match=r"rotates 4 channels .* says 2"):
+        forward.check_key(key, (1, 3))
+    forward.expect_key(key)
+    with pytest.raises(UnsupportedModelError, match=r"rotates 4 channels .* says 0"):
+        forward.check_key(key, UNROTATED)
 
 
 def test_layers_elsewhere_get_their_own_tensors() -> None:

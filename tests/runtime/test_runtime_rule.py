@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,18 +11,17 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from exact_pages import ExactPageCodec, exact_codecs
+from families import FAMILIES
 from garbage import with_garbage_codebooks
 from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import KVQError, UnsupportedModelError
 from kvq_formats.sidecar import Sidecar
-from kvq_kernels.rotary import RotaryAngles
 from kvq_runtime.attach import attach
-from kvq_runtime.cache import PackedCache, packed_layers
+from kvq_runtime.cache import packed_layers
 from kvq_runtime.layer import PackedLayer
-from kvq_runtime.rope import AttentionTap, RotaryCall, tap_attention
-from kvq_runtime.rotary_layout import learn_rotary
 from kvq_runtime.runtime_rule import attach_pages, attention_options
-from tiny_models import make_tiny_family, make_tiny_llama
+from padded_batches import batch, fed
+from tiny_models import make_tiny_llama
 from tiny_sidecars import make_sidecar
 
 EPS = torch.finfo(torch.float32).eps
@@ -33,162 +32,13 @@ ONE_SUM = 64 * EPS
 SUMS = 8 * ONE_SUM
 """The same through two layers, whose attention and MLP take four such sums in a row each."""
 
-POSITIONS = 2048
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama yarn": {
-        "rope_parameters": {
-            "rope_type": "yarn",
-            "rope_theta": 10_000.0,
-            "factor": 4.0,
-            "original_max_position_embeddings": 512,
-        }
-    },
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-    # Soft-capped scores; every other layer has a window.
-    "gemma2": {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16},
-    "gemma3_text": {
-        "head_dim": 16,
-        "sliding_window": 64,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "phi3": {},
-    # Learned sinks in the softmax.
-    "gpt_oss": {
-        "head_dim": 16,
-        "sliding_window": 64,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    # Interleaved pairs.
-    "cohere": {},
-    # Interleaved pairs of half of the channels.
-    "glm4": {"head_dim": 16},
-    "olmo2": {},
-    "granite": {},
-    "starcoder2": {},
-}
-
-
-def make_family(name: str) -> PreTrainedModel:
-    options = {"max_position_embeddings": POSITIONS, **FAMILIES[name]}
-    return make_tiny_family(name.split()[0], **options)
-
-
-class ExactAngles(AttentionTap):
-    """Rotates by angles that are exact, in the dtype of the model."""
-
-    def __init__(self, model: PreTrainedModel, positions: Tensor) -> None:
-        self.rotary = learn_rotary(model)
-        self.positions = positions
-
-    def on_rotary(self, call: RotaryCall) -> tuple[Tensor, Tensor]:
-        rotary = self.rotary.get(call.layer_idx)
-        if rotary is None:
-            return call.rotate(call.query, call.key)
-        return tuple(self.rotated(x, rotary) for x in (call.query, call.key))
-
-    def rotated(self, x: Tensor, rotary: Any) -> Tensor:
-        angles: RotaryAngles = rotary.angles()
-        turn = self.positions[:, None, :, None].double() * angles.frequencies
-        cos, sin = turn.cos() * angles.scaling, turn.sin() * angles.scaling
-        half = rotary.rotary_dim // 2
-        ordered = x[..., rotary.order]
-        x1, x2, rest = ordered.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-        turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
-        return turned[..., rotary.order.argsort()].to(x.dtype)
-
-
-def batch(T: int, padding: int, *, vocabulary: int = 199) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, mask and positions of two rows, the first left-padded."""
-    ids = torch.randint(3, vocabulary, (2, T), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[0, :padding] = 0
-    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def fed(
-    model: PreTrainedModel,
-    ids: Tensor,
-    mask: Tensor,
-    positions: Tensor,
-    chunks: Sequence[int],
-    cache: Any = None,
-) -> tuple[Tensor, Any]:
-    """Logits of all tokens, fed in ``chunks``, and the cache that holds them."""
-    logits, start = [], 0
-    for size in chunks:
-        stop = start + size
-        out = model(
-            ids[:, start:stop],
-            attention_mask=mask[:, :stop],
-            position_ids=positions[:, start:stop],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits.append(out.logits)
-        cache, start = out.past_key_values, stop
-    assert start == ids.shape[1]
-    return torch.cat(logits, dim=1), cache
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@torch.no_grad()
-def test_exact_pages_change_nothing_but_roundings(name: str) -> None:
-    """Prefill over three pages and 16 decode steps, against the model with exact angles in f64.
-
-    The stock model in f32 misses that by the roundings of its sums, and of its angles, which are
-    off by ``position * 2**-24``. Ours come in another order and its angles are exact: it may miss
-    it by twice as much, and by the roundings of the logits themselves.
-    """
-    model = make_family(name)
-    ids, mask, positions = batch(600, 37)
-    chunks = [584, *[1] * 16]
-    stock, _ = fed(model, ids, mask, positions, chunks)
-    with attach_pages(model, exact_codecs(model)):
-        found, cache = fed(model, ids, mask, positions, chunks)
-    assert isinstance(cache, PackedCache)
-    assert cache.tokens_held == [600 - 37, 600]
-    packed = list(packed_layers(cache))
-    assert all(len(row.pages) == 2 for layer in packed for row in layer.rows)
-    exact = model.double()
-    if name == "gpt_oss":
-        exact.set_experts_implementation("eager")
-    truth = torch.zeros_like(found, dtype=torch.float64)
-    # Row by row: padding that sees nothing gives NaN in f64, and then to all that see it.
-    for row, padding in enumerate((37, 0)):
-        places = positions[row : row + 1, padding:]
-        with tap_attention(exact, ExactAngles(exact, places)):
-            truth[row, padding:] = exact(ids[row : row + 1, padding:], position_ids=places).logits
-    attended = mask.bool()
-    misses = (found.double() - truth)[attended].abs().max()
-    stock_misses = (stock.double() - truth)[attended].abs().max()
-    assert misses <= 2 * stock_misses + ONE_SUM * truth[attended].abs().max()
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-@torch.no_grad()
-def test_where_the_models_own_attention_runs_no_bit_changes(name: str) -> None:
-    """The prompt under exact-prefill: same hooks, keys stored before RoPE, stock attention."""
-    model = make_family(name)
-    ids, mask, positions = batch(600, 37)
-    stock = model(ids, attention_mask=mask, position_ids=positions).logits
-    with attach_pages(model, exact_codecs(model), rule="exact-prefill"):
-        found = model(ids, attention_mask=mask, position_ids=positions)
-    assert torch.equal(found.logits, stock)
-    assert found.past_key_values.tokens_held == [600 - 37, 600]
-    assert torch.equal(model(ids, attention_mask=mask, position_ids=positions).logits, stock)
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "glm4"])
+@pytest.mark.parametrize("title", ["Llama 3.x", "Gemma 2", "gpt-oss", "GLM-4", "SmolLM3", "Phi-2"])
 @pytest.mark.parametrize("how", ["greedy", "beams", "sampled", "chunked"])
 @torch.no_grad()
-def test_generate_gives_what_the_stock_model_gives(name: str, how: str) -> None:
-    model = make_family(name)
+def test_generate_gives_what_the_stock_model_gives(title: str, how: str) -> None:
+    family = FAMILIES[title]
+    model = family.make()
     ids, mask, _ = batch(290, 11)
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": how == "sampled"}
     options |= {"beams": {"num_beams": 3}, "chunked": {"prefill_chunk_size": 100}}.get(how, {})
@@ -198,7 +48,7 @@ def test_generate_gives_what_the_stock_model_gives(name: str, how: str) -> None:
         return model.generate(ids, attention_mask=mask, **options)
 
     stock = generated()
-    with attach_pages(model, exact_codecs(model)):
+    with attach_pages(model, exact_codecs(model, family.rotary_channels)):
         assert torch.equal(generated(), stock)
     assert torch.equal(generated(), stock)
 
@@ -510,12 +360,14 @@ def test_a_garbage_codebook_wrecks_the_logits() -> None:
     assert error(with_garbage_codebooks(good)) > 30 * error(good)
 
 
+@pytest.mark.parametrize(("title", "words"), [("SmolLM3", "says that it rotates"), ("Phi-2", "8 ")])
 @torch.no_grad()
-def test_layers_without_rope_are_refused() -> None:
-    """Whatever checks were passed before: a layer that never rotates is noticed when it attends."""
-    model = make_tiny_family("smollm3", no_rope_layers=[1, 0], max_position_embeddings=512)
-    with (
-        attach_pages(model, exact_codecs(model)),
-        pytest.raises(UnsupportedModelError, match="without having rotated"),
-    ):
+def test_a_layer_that_does_not_rotate_what_was_learned_is_refused(title: str, words: str) -> None:
+    """Codecs that were made as if every layer rotated all channels."""
+    model = FAMILIES[title].make()
+    family = FAMILIES[title]
+    codecs = exact_codecs(model, family.rotary_channels)
+    rotated = next(iter(exact_codecs(make_tiny_llama()).values())).rotary
+    codecs[1].rotary = replace(codecs[1].rotary, channels=rotated.channels)
+    with attach_pages(model, codecs), pytest.raises(UnsupportedModelError, match=words):
         model(torch.randint(3, 199, (1, 20)))
