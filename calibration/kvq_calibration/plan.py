@@ -118,12 +118,21 @@ def plan_calibration(
     num_samples: int = DEFAULT_NUM_SAMPLES,
     seq_len: int = DEFAULT_SEQ_LEN,
     seed: int = 0,
+    model_class: type[PreTrainedModel] | None = None,
 ) -> CalibrationPlan:
-    """Find the text and fit the windows to the model; no weights are loaded.
+    """Try the model out, find the text and fit the windows to the model; no weights are loaded.
 
-    Windows longer than the model's positions are clamped to them, with a note. Raises what
-    ``load_text`` raises.
+    Windows longer than the model's positions are clamped to them, with a note. ``model_class`` is
+    that of a model which is loaded already. Raises what ``examine`` and ``load_text`` raise.
     """
+    from kvq_runtime.examine import examine
+
+    examine(
+        model.config,
+        name=model.record.id,
+        model_class=model_class,
+        trust_remote_code=model.trust_remote_code,
+    )
     notes = list(model.notes)
     positions = model.max_positions
     if positions is not None and seq_len > positions:
@@ -207,6 +216,7 @@ def calibrate_from_text(
         num_samples=num_samples,
         seq_len=seq_len,
         seed=seed,
+        model_class=None if loaded is None else type(loaded.model),
     )
     for note in plan.notes:
         on_note(note)

@@ -187,7 +187,13 @@ def generate(
     from functools import partial
 
     from kvq_cli.generation import Run
-    from kvq_cli.memory_plan import check_plan, make_room, say_plan, warn_beyond_positions
+    from kvq_cli.memory_plan import (
+        check_plan,
+        check_within_window,
+        make_room,
+        say_plan,
+        warn_beyond_positions,
+    )
     from kvq_cli.prompts import read_prompt
     from kvq_cli.session import one_sidecar
     from kvq_cli.sizes import parse_tokens
@@ -258,6 +264,7 @@ def generate(
     )
     prompt_tokens = input_ids.shape[-1]
     room = make_room(output, prompt_tokens, context=asked_context, new_tokens=max_new_tokens)
+    check_within_window(room.capacity, resolved.context_limit, name=resolved.record.id)
     warn_beyond_positions(output, room.capacity, resolved.max_positions)
     chunk = prompt_tokens if exact_prefill else prefill_chunk or PREFILL_CHUNK
     replan = partial(plan_memory, resolved, context=room.capacity, impl=requested, load_in=load_in)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
+    CacheLayerMixin,
     get_layer_types_and_kwargs,
 )
 
@@ -81,8 +82,17 @@ class PackedCache(Cache):
         """Remove the last ``-tokens_to_remove`` slots of every row; a count > 0 is what to keep.
 
         Where layers differ, because a forward failed between them, a count to keep makes them
-        equal. Layers with a window have transformers' own limits.
+        equal. Layers with a window have transformers' own limits, and a recurrent state has none of
+        its earlier tokens to go back to.
         """
+        slots = self.get_seq_length()
+        removed = slots - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
+        for layer_idx, layer in enumerate(self.layers):
+            if removed > 0 and not isinstance(layer, CacheLayerMixin):
+                raise KVQError(
+                    f"layer {layer_idx} has a recurrent state, which cannot give tokens back.",
+                    hint="cache.reset(), or a new cache",
+                )
         for layer in self.layers:
             count = tokens_to_remove
             if count > 0:
@@ -125,8 +135,7 @@ class PackedCache(Cache):
             tensor
             for layer in self.layers
             if not isinstance(layer, PackedLayer)
-            for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-            if tensor is not None
+            for tensor in _tensors_of(layer)
         ]
 
     @property
@@ -136,6 +145,15 @@ class PackedCache(Cache):
     @property
     def _stock_itemsize(self) -> int:
         return max((tensor.element_size() for tensor in self._stock_tensors), default=0)
+
+
+def _tensors_of(layer: Any) -> Iterator[torch.Tensor]:
+    """What a stock layer holds: keys and values, or the states of a recurrent one."""
+    for name in ("keys", "values", "conv_states", "recurrent_states"):
+        held = getattr(layer, name, None)
+        for tensor in held.values() if isinstance(held, dict) else (held,):
+            if isinstance(tensor, torch.Tensor):
+                yield tensor
 
 
 def packed_layers(cache: Cache) -> Iterator[PackedLayer]:
@@ -237,7 +255,10 @@ def _same(given: PageCodec | None, wanted: PageCodec | None) -> bool:
 
 def check_whole(cache: Cache) -> None:
     """Refuse a cache that a failed forward left in the middle."""
-    slots = {layer.get_seq_length() for layer in cache.layers}
+    # Recurrent layers do not count tokens.
+    slots = {
+        layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin)
+    }
     if any(layer.torn for layer in packed_layers(cache)):
         raise KVQError(
             "a forward failed while this cache was written to; what it holds is not whole.",
@@ -261,8 +282,8 @@ def cache_bytes(
 ) -> int:
     """Bytes that a PackedCache of ``capacity`` tokens allocates: counted, and nothing allocated.
 
-    Stock sliding-window layers count what they hold when the cache is full. ``dtype`` is the
-    model's.
+    Stock sliding-window layers count what they hold when the cache is full; recurrent states, which
+    do not depend on the capacity, are not counted. ``dtype`` is the model's.
     """
     codecs = unrotated_codecs(sidecar)
     total = 0
