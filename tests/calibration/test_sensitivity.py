@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from families import FAMILIES
 from kvq_calibration.capture import KeyValueTap
 from kvq_calibration.sensitivity import (
     LossScale,
@@ -52,6 +53,22 @@ def squares(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     backward(model, tap, ids, scale)
     return {layer: squared_gradients(tap, layer, scale) for layer in tap.layers}
+
+
+@pytest.mark.parametrize("title", ["Phi-2", "StableLM", "SmolLM3", "Qwen2 and Qwen2.5"])
+def test_of_keys_that_are_rotated_in_part_or_not_at_all(title: str) -> None:
+    """The gradient of a whole key, put together from that of its parts."""
+    model = FAMILIES[title].make()
+    ids = torch.randint(3, 190, (2, 30), generator=torch.Generator().manual_seed(0))
+    expected = squared_by_hooks(model, ids)
+    tap = KeyValueTap(layers=(0, 1))
+    scale = LossScale(torch.float32)
+    with tap_attention(model, tap), activation_gradients(model):
+        found = squares(model, tap, ids, scale)
+    for layer, pair in expected.items():
+        for ours, theirs in zip(found[layer], pair, strict=True):
+            # As below.
+            assert (ours - theirs).abs().max() <= 1e-4 * theirs.max()
 
 
 def test_squared_gradients_are_those_of_the_loss() -> None:

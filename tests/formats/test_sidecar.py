@@ -645,6 +645,23 @@ def test_statistics_of_other_layers(saved: Path) -> None:
         Sidecar.load(saved)
 
 
+def test_channels_that_are_rotated(tmp_path: Path) -> None:
+    """Kept by layer; files from before they were written have none."""
+    layers = {0: (0, 0), 4: (2, 10)}
+    sidecar = replace(make_sidecar(), rotary_channels=layers)
+    assert Sidecar.load(sidecar.save(tmp_path / "kept")).rotary_channels == layers
+    older = make_sidecar().save(tmp_path / "older")
+    rewrite(older, lambda tensors, metadata, document: document.pop("rotary_channels"))
+    assert Sidecar.load(older).rotary_channels == {}
+
+
+@pytest.mark.parametrize("channels", [{"5": [0, 4]}, {"0": [4, 2]}, {"0": [0, 17]}, {"0": [-1, 4]}])
+def test_channels_that_no_layer_has(saved: Path, channels: dict[str, list[int]]) -> None:
+    rewrite(saved, lambda tensors, metadata, document: document.update(rotary_channels=channels))
+    with pytest.raises(SidecarError, match="rotates channels"):
+        Sidecar.load(saved)
+
+
 def test_no_layers_at_all(saved: Path) -> None:
     rewrite(saved, lambda tensors, metadata, document: tensors.clear())
     with pytest.raises(SidecarError, match="holds no layer"):
