@@ -217,7 +217,8 @@ class RuntimeTap(AttentionTap):
             states.layer.end_reading()
             fed: Any = call.value
             return call.attend(*_rotated_by_the_model(call, states.fed, codec), fed.fed)
-        query = self._rotated_query(call.query, codec)
+        # The layer's own codec: that of the attachment has its tables on no layer's device.
+        query = self._rotated_query(call.query, states.layer.codec)
         return states.layer.attend(query, options, rule=self.rule).to(query.dtype), None
 
     def _rotated_query(self, query: Tensor, codec: PageCodec) -> Tensor:
