@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,13 +29,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from device_rules import CPU, common_device, tensors_in, torch_device, written_by
+
 NAME = "cuda"
 """What the devices are called."""
 
 HIDDEN = "lazy"
 """What torch takes them for."""
 
-CPU = torch.device("cpu")
 aten = torch.ops.aten
 
 
@@ -64,7 +64,7 @@ class LabelledTensor(torch.Tensor):
     @property
     def device(self) -> torch.device:
         """The device that is pretended."""
-        return torch.device(NAME, _hidden_device(self).index)
+        return torch.device(NAME, torch_device(self).index)
 
     @property
     def is_cuda(self) -> bool:
@@ -167,23 +167,19 @@ def _hidden(given: Any) -> Any:
     return given
 
 
-def _hidden_device(x: Tensor) -> torch.device:
-    return torch.Tensor.device.__get__(x)
-
-
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation of torch: its device, its numbers, and labels on what comes of it."""
     asked = kwargs.get("device")
     is_pretended = asked is not None and asked.type == HIDDEN
-    given = list(_tensors((*args, *kwargs.values())))
+    given = list(tensors_in((*args, *kwargs.values())))
     if not is_pretended and not any(type(x) is LabelledTensor for x in given):
         return func(*args, **kwargs)
-    written = _written(func, args, kwargs)
+    written = written_by(func, args, kwargs)
     # Copies go from any device to any other.
     if func is aten.copy_.default or func is aten._to_copy.default:
-        found = _hidden_device(args[0])
+        found = torch_device(args[0])
     else:
-        found = _common_device(func, args, given, written)
+        found = common_device(func, args, given, written)
     device = found if asked is None else asked
     if is_pretended:
         kwargs["device"] = CPU
@@ -196,15 +192,6 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return result
     # What was written to comes back as the same tensor.
     return _labelled(result, device, [x for x in written if type(x) is LabelledTensor])
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors among the arguments of an operation, those in lists included."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
 
 
 def _plain(value: Any) -> Any:
@@ -222,72 +209,3 @@ def _labelled(value: Any, device: torch.device, known: list[LabelledTensor]) -> 
     if isinstance(value, list | tuple):
         return type(value)(_labelled(part, device, known) for part in value)
     return value
-
-
-@cache
-def _writing_arguments(func: Any) -> list[tuple[int, str]]:
-    return [
-        (place, argument.name)
-        for place, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-
-
-def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that an operation writes to."""
-    places = _writing_arguments(func)
-    return list(_tensors(args[i] if i < len(args) else kwargs.get(name) for i, name in places))
-
-
-BRACKETS = frozenset(
-    {
-        aten.index.Tensor,
-        aten._unsafe_index.Tensor,
-        aten.index_put.default,
-        aten.index_put_.default,
-        aten._index_put_impl_.default,
-        aten._unsafe_index_put.default,
-    }
-)
-
-
-TAKE_NUMBERS = BRACKETS | {
-    aten.masked_fill.Tensor,
-    aten.masked_fill_.Tensor,
-    aten.fill.Tensor,
-    aten.fill_.Tensor,
-    aten.floor_divide.default,
-    aten.floor_divide_.Tensor,
-}
-
-
-@cache
-def _takes_numbers(func: Any) -> bool:
-    """Whether a single number on the CPU goes with tensors elsewhere, as on CUDA."""
-    pointwise = torch.Tag.pointwise in func.tags and func is not aten.equal.default
-    return pointwise or func in TAKE_NUMBERS
-
-
-def _common_device(
-    func: Any, args: Any, given: list[Tensor], written: list[Tensor]
-) -> torch.device:
-    """The one device, as torch knows it, of all tensors that an operation is given.
-
-    As on CUDA, single numbers on the CPU go with any device, and so does what stands in brackets,
-    but only to be read. Raises RuntimeError.
-    """
-    fixed = {id(x) for x in written}
-    free = {id(x) for x in _tensors(args[1])} if func in BRACKETS else set()
-    takes_numbers = _takes_numbers(func)
-    found: Tensor | None = None
-    for x in given:
-        goes_anywhere = (x.dim() == 0 and takes_numbers) or id(x) in free
-        if goes_anywhere and type(x) is not LabelledTensor and id(x) not in fixed:
-            continue
-        if found is not None and x.device != found.device:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{found.device} and {x.device}! (in {func})"
-            )
-        found = x
-    return CPU if found is None else _hidden_device(found)
