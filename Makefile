@@ -17,7 +17,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make check        lint, import contracts and types"
 	@echo "make format       let ruff format the code"
-	@echo "make docs         write docs/cli.md and tables of docs/kernels.md anew"
+	@echo "make docs         write docs/cli.md and the tables of docs/{kernels,models}.md anew"
 	@echo "make bench-kmeans measure the codebook solver against scikit-learn"
 	@echo "make bench-append measure what a token costs to append at 1k and at 64k tokens"
 	@echo "make bench-memory measure the memory of a 64k-token cache against the plan"
@@ -63,6 +63,7 @@ check: lint contracts types
 docs: $(READY)
 	$(BIN)/python scripts/generate_cli_docs.py
 	$(BIN)/python scripts/generate_kernel_docs.py
+	$(BIN)/python scripts/generate_model_docs.py
 
 bench-kmeans: $(READY)
 	$(BIN)/python benchmarks/kmeans.py

@@ -655,7 +655,9 @@ def test_channels_that_are_rotated(tmp_path: Path) -> None:
     assert Sidecar.load(older).rotary_channels == {}
 
 
-@pytest.mark.parametrize("channels", [{"5": [0, 4]}, {"0": [4, 2]}, {"0": [0, 17]}, {"0": [-1, 4]}])
+@pytest.mark.parametrize(
+    "channels", [{"12": [0, 4]}, {"0": [4, 2]}, {"0": [0, 17]}, {"0": [-1, 4]}]
+)
 def test_channels_that_no_layer_has(saved: Path, channels: dict[str, list[int]]) -> None:
     rewrite(saved, lambda tensors, metadata, document: document.update(rotary_channels=channels))
     with pytest.raises(SidecarError, match="rotates channels"):
