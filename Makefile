@@ -9,12 +9,14 @@ READY := $(VENV)/.kvq-ready
 # Arguments for pytest, e.g. make test PYTEST_ARGS='tests/formats -x'
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint format types contracts docs check bench-kmeans bench-accuracy \
-	bench-append bench-memory bench-decode bench-gpu bench-paper clean
+.PHONY: help setup demo test test-oldest test-newest lint format types contracts docs check \
+	bench-kmeans bench-accuracy bench-append bench-memory bench-decode bench-gpu bench-paper clean
 
 help:
 	@echo "make demo         calibrate the built-in model, evaluate it, generate with it (offline)"
 	@echo "make test         run the tests"
+	@echo "make test-oldest  run those that depend on transformers with the oldest supported version"
+	@echo "make test-newest  the same with the newest that there is"
 	@echo "make check        lint, import contracts and types"
 	@echo "make format       let ruff format the code"
 	@echo "make docs         write docs/cli.md and the tables of docs/{kernels,models}.md anew"
@@ -43,6 +45,25 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+
+# Tests that depend on transformers, in environments that have another version of it before the
+# packages of $(VENV): the lower bound in pyproject.toml, or what the registry has today.
+OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
+TRANSFORMERS_TESTS := tests/runtime/test_rope.py tests/runtime/test_rotary_layout.py \
+	tests/runtime/test_runtime_rule.py tests/runtime/test_supported_models.py \
+	tests/calibration/test_pipeline.py $(wildcard tests/families)
+
+test-oldest: $(OLDEST)/.kvq-ready
+	$(OLDEST)/bin/python -m pytest -n auto $(TRANSFORMERS_TESTS) $(PYTEST_ARGS)
+
+$(OLDEST)/.kvq-ready: $(READY) scripts/overlay_environment.py
+	$(BIN)/python scripts/overlay_environment.py --oldest $(OLDEST)
+	@touch $@
+
+test-newest: $(READY)
+	$(BIN)/python scripts/overlay_environment.py --newest $(NEWEST)
+	$(NEWEST)/bin/python -m pytest -n auto $(TRANSFORMERS_TESTS) $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -99,5 +120,6 @@ bench-paper: $(READY)
 	$(BIN)/python benchmarks/paper_table.py --model "$(MODEL)" $(BENCH_PAPER_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST)
+	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
