@@ -29,9 +29,9 @@ Where kvq differs from the paper or its public code:
 - Outliers: the paper caps nothing in this table; kvq's pools have a fixed capacity, which the
   effective bits count. Sensitivity weights are ``F * half_range**2`` (the paper's Eq. 7), which the
   public code leaves out.
-- Mistral-7B-v0.1 has a window of 4,096 tokens in every layer, and such layers are not quantized by
-  kvq. With ``"sliding_window": null`` in a copy of its configuration all of the context is attended
-  to and quantized; the first row says how far that is from the published model.
+- Mistral-7B-v0.1 has a window of 4,096 tokens in every layer. The evaluation rule quantizes all of
+  its keys and values and leaves the window to the model. Whether the paper's figures have the window
+  is not said; the first row tells.
 """
 
 from __future__ import annotations
