@@ -30,8 +30,8 @@ Where kvq differs from the paper or its public code:
   effective bits count. Sensitivity weights are ``F * half_range**2`` (the paper's Eq. 7), which the
   public code leaves out.
 - Mistral-7B-v0.1 has a window of 4,096 tokens in every layer. The evaluation rule quantizes all of
-  its keys and values and leaves the window to the model. Whether the paper's figures have the window
-  is not said; the first row tells.
+  its keys and values and leaves the window to the model. Whether the paper's figures have that
+  window is not said; the first row tells.
 """
 
 from __future__ import annotations
