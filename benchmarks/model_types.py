@@ -26,9 +26,6 @@ from kvq_runtime.examine import ExaminedLayer, examine
 FIELDS = ("model_type", "outcome", "layers", "quantized", "unrotated", "options", "reason")
 RESULTS = Path(__file__).parent / "results" / "model-types.csv"
 
-TOO_LARGE = frozenset({"phi4_multimodal"})
-"""Types with towers that a miniature does not shrink; not tried."""
-
 
 def row_of(layers: tuple[ExaminedLayer, ...]) -> dict[str, str]:
     """What was found of a type that works."""
@@ -67,9 +64,8 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    known = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in TOO_LARGE]
     found = []
-    for row in rows(arguments.types or sorted(known)):
+    for row in rows(arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
         found.append({**dict.fromkeys(FIELDS, ""), **row})
         print(f"{row['model_type']}: {row['outcome']} {row.get('reason', '')}", file=sys.stderr)
     with arguments.output.open("w", newline="", encoding="utf-8") as file:

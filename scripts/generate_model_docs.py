@@ -32,7 +32,6 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 def families() -> str:
     """What each family of the tests is, what is packed of it and what stays."""
     from families import FAMILIES
-
     from kvq_runtime.examine import ExaminedLayer, examine
     from kvq_runtime.supported_models import text_config
 
@@ -61,9 +60,9 @@ def families() -> str:
 
 def refused() -> str:
     """What is refused, with words of the reason that is given."""
-    from families import REFUSED
     from transformers import CONFIG_MAPPING
 
+    from families import REFUSED
     from kvq_formats.errors import UnsupportedModelError
     from kvq_runtime.examine import examine
 

@@ -256,9 +256,7 @@ def _same(given: PageCodec | None, wanted: PageCodec | None) -> bool:
 def check_whole(cache: Cache) -> None:
     """Refuse a cache that a failed forward left in the middle."""
     # Recurrent layers do not count tokens.
-    slots = {
-        layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin)
-    }
+    slots = {layer.get_seq_length() for layer in cache.layers if isinstance(layer, CacheLayerMixin)}
     if any(layer.torn for layer in packed_layers(cache)):
         raise KVQError(
             "a forward failed while this cache was written to; what it holds is not whole.",

@@ -67,6 +67,7 @@ def make_miniature(
         small = copy.deepcopy(config)
         decoder = small.get_text_config(decoder=True)
         _shrink(decoder)
+        _shrink_towers(small, decoder)
         if model_class is None and type(decoder) in MODEL_FOR_CAUSAL_LM_MAPPING:
             # The text model alone, without the towers for images and sound.
             small = decoder
@@ -118,6 +119,17 @@ def _shrink(config: PreTrainedConfig) -> None:
                 break
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+
+
+def _shrink_towers(config: PreTrainedConfig, decoder: PreTrainedConfig) -> None:
+    """One layer of whatever reads images and sound: it is not asked to."""
+    for name in config.sub_configs:
+        tower = getattr(config, name, None)
+        if tower is None or tower is decoder:
+            continue
+        for field in ("num_hidden_layers", "num_layers", "num_blocks", "depth"):
+            if isinstance(getattr(tower, field, None), int):
+                setattr(tower, field, 1)
 
 
 def _each(value: Any, smaller: Callable[[int], int]) -> Any:
