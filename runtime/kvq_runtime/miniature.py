@@ -111,14 +111,34 @@ def _shrink(config: PreTrainedConfig) -> None:
     for field, size in sizes.items():
         if hasattr(config, field) and getattr(config, field) != size:
             setattr(config, field, size)
+    _shrink_mamba(config, sizes["hidden_size"])
+    _shrink_fields(config)
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            if getattr(part, "hidden_size", None) == shape.hidden_size:
+                part.hidden_size = sizes["hidden_size"]
+            _shrink_fields(part)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def _shrink_fields(config: PreTrainedConfig) -> None:
     # Words of the vocabulary first: a configuration may compare them with its size.
-    for field, value in sorted(facts.items(), key=lambda item: item[0].startswith("vocab")):
+    ordered = sorted(config.to_dict().items(), key=lambda item: item[0].startswith("vocab"))
+    for field, value in ordered:
         for pattern, smaller in SMALLER:
             if re.fullmatch(pattern, field):
                 setattr(config, field, _each(value, smaller))
                 break
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+
+
+def _shrink_mamba(config: PreTrainedConfig, hidden_size: int) -> None:
+    """Recurrent layers have as many heads as their share of the hidden channels takes."""
+    expand, head = getattr(config, "mamba_expand", None), getattr(config, "mamba_d_head", None)
+    if isinstance(expand, int) and isinstance(head, int) and hasattr(config, "mamba_n_heads"):
+        config.mamba_n_heads = expand * hidden_size // head
+        config.mamba_n_groups = 1
 
 
 def _shrink_towers(config: PreTrainedConfig, decoder: PreTrainedConfig) -> None:
