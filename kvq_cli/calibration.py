@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvq_cli.bits import bits_facts, bits_json, reported_bits
+from kvq_cli.calibration_memory import memory_facts
 from kvq_cli.output import Output
 from kvq_cli.peak_memory import peak_memory, peak_memory_json
 from kvq_formats.errors import ConfigError
 
 if TYPE_CHECKING:
+    from kvq_calibration.memory import CalibrationMemory
     from kvq_calibration.plan import CalibrationPlan
     from kvq_formats.config import KVQConfig
     from kvq_formats.sidecar import Sidecar
@@ -115,7 +117,9 @@ def default_folder(model_name: str, config: KVQConfig) -> Path:
     return Path(f"{model_name}-{suffix}")
 
 
-def plan_facts(plan: CalibrationPlan, folder: Path) -> list[tuple[str, str]]:
+def plan_facts(
+    plan: CalibrationPlan, folder: Path, memory: CalibrationMemory
+) -> list[tuple[str, str]]:
     """What ``--dry-run`` says."""
     model, config = plan.model.record, plan.config
     return [
@@ -124,11 +128,12 @@ def plan_facts(plan: CalibrationPlan, folder: Path) -> list[tuple[str, str]]:
         ("text", f"{plan.source.name}, {plan.num_samples} x {plan.seq_len} tokens"),
         ("codes", f"keys {config.key_bits} bits, values {config.value_bits} bits"),
         *bits_facts(reported_bits(config, model.fingerprint)),
+        *memory_facts(memory),
         ("would write", str(folder)),
     ]
 
 
-def plan_json(plan: CalibrationPlan, folder: Path) -> dict[str, Any]:
+def plan_json(plan: CalibrationPlan, folder: Path, memory: CalibrationMemory) -> dict[str, Any]:
     """The same for programs."""
     return {
         "dry_run": True,
@@ -140,4 +145,5 @@ def plan_json(plan: CalibrationPlan, folder: Path) -> dict[str, Any]:
         "seed": plan.seed,
         "config": plan.config.model_dump(mode="json"),
         "effective_bits": bits_json(reported_bits(plan.config, plan.model.record.fingerprint)),
+        "memory": memory.to_json(),
     }

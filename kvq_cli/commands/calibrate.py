@@ -200,10 +200,12 @@ def calibrate(
         quantization,
         run_plan,
     )
+    from kvq_cli.calibration_memory import Loading, check_memory, say_memory
     from kvq_cli.output import facts
     from kvq_cli.session import remember
     from kvq_formats.sidecar import check_output_directory
     from kvq_runtime.models import resolve_model
+    from kvq_runtime.weight_quantization import bitsandbytes_config
 
     config = quantization(
         {
@@ -224,6 +226,8 @@ def calibrate(
     if name is None:
         output.note("no MODEL is named: calibrating the small built-in model")
     resolved = resolve_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    # What cannot be is said before the text is looked for.
+    bitsandbytes_config(resolved, load_in)
     folder = destination or default_folder(resolved.record.name, config)
     check_output_directory(folder, overwrite=overwrite)
     plan = plan_calibration(
@@ -238,11 +242,15 @@ def calibrate(
     )
     for line in plan.notes:
         output.note(line)
+    loading = Loading(dtype.value, device_map, attn_implementation, load_in)
+    memory = check_memory(plan, loading, batch_size=batch_size)
     if dry_run:
         output.result(
-            {"schema": SCHEMA, **plan_json(plan, folder)}, facts(plan_facts(plan, folder))
+            {"schema": SCHEMA, **plan_json(plan, folder, memory)},
+            facts(plan_facts(plan, folder, memory)),
         )
         return
+    say_memory(output, memory)
     calibrated = run_plan(
         output,
         plan,

@@ -231,9 +231,9 @@ def test_a_signal_ends_the_process_in_one_line(
         [str(part) for part in command], cwd=tmp_path, stderr=subprocess.PIPE, text=True
     ) as running:
         assert running.stderr is not None
+        assert "memory" in running.stderr.readline()
         # The first stage is done: the process is in the middle of its work.
-        first = running.stderr.readline()
-        assert "thresholds" in first
+        assert "thresholds" in running.stderr.readline()
         running.send_signal(number)
         rest = running.stderr.read()
         assert running.wait(timeout=60) == code

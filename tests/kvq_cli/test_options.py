@@ -63,6 +63,8 @@ def loading(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kvq_runtime.models.load_model", load_model)
+    # Whether bitsandbytes is there is not asked here.
+    monkeypatch.setattr("kvq_runtime.weight_quantization.bitsandbytes_config", lambda *_: None)
     return asked
 
 
