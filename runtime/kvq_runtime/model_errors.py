@@ -26,6 +26,13 @@ def explain_load_error(error: BaseException, resolved: ResolvedModel) -> KVQErro
             return explained
     if "trust_remote_code" in str(error):
         return explain_config_error(error, resolved.record.id)
+    if "provide an `offload_folder`" in str(error):
+        return ModelError(
+            f"{resolved.record.id} fits neither into the GPUs' memory nor into the host's, and its "
+            "weights are stored in another form than they are used in: to offload them to the disk "
+            "they would have to be written anew.",
+            hint="--load-in-4bit, or a machine with more memory",
+        )
     if isinstance(error, ImportError):
         return ModelError(
             f"loading {resolved.record.id} needs a package that is not installed: "

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from kvq_formats.errors import ConfigError, ModelError
 from kvq_formats.fingerprint import Fingerprint
 from kvq_runtime.models import load_model, load_tokenizer, resolve_model
+from tiny_models import make_tiny_family
 
 
 @pytest.fixture
@@ -168,3 +169,36 @@ def test_unknown_failures_keep_their_traceback(
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         load_model(resolve_model(tiny_model_dir))
+
+
+ON_DISK = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "disk",
+    "lm_head": "disk",
+}
+"""As ``auto`` spreads a model that is too large for GPUs and host."""
+
+
+def test_layers_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvq_runtime.models.target_device", lambda _: ON_DISK)
+    loaded = load_model(resolve_model(folder), device_map="auto")
+    assert loaded.model.model.layers[1].mlp.up_proj.weight.is_meta
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        found = loaded.model(ids).logits
+        expected = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert torch.equal(found, expected)
+
+
+def test_experts_that_would_be_written_anew_for_the_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = make_tiny_family("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    experts.save_pretrained(folder)
+    monkeypatch.setattr("kvq_runtime.models.target_device", lambda _: ON_DISK)
+    with pytest.raises(ModelError, match="would have to be written anew") as caught:
+        load_model(resolve_model(folder), device_map="auto")
+    assert "--load-in-4bit" in (caught.value.hint or "")
