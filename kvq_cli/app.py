@@ -1,7 +1,7 @@
 """The command line: its commands, and what becomes of an error.
 
-Exit codes: 0 done, 1 expected failure, 2 usage, 3 a bar that the user set was missed, 130 Ctrl-C,
-143 SIGTERM.
+Exit codes: 0 done, 1 expected failure, 2 usage, 3 a bar that the user set was missed or the doctor
+found a problem, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import typer
 
 from kvq_cli.commands.calibrate import calibrate
 from kvq_cli.commands.demo import demo
+from kvq_cli.commands.doctor import doctor
 from kvq_cli.commands.env import env
 from kvq_cli.commands.eval import evaluate
 from kvq_cli.commands.generate import generate
@@ -81,6 +82,7 @@ app.command("inspect", epilog="Docs: docs/cli.md · See also: kvq eval")(inspect
 app.command("eval", epilog="Docs: docs/cli.md · Next: kvq generate")(evaluate)
 app.command("generate", epilog="Docs: docs/cli.md · See also: kvq calibrate, kvq eval")(generate)
 app.command("demo", epilog="Docs: docs/quickstart.md · Next: kvq calibrate")(demo)
+app.command("doctor", epilog="Docs: docs/troubleshooting.md · Next: kvq calibrate")(doctor)
 app.command("env", epilog="Docs: docs/troubleshooting.md · See also: kvq --version")(env)
 
 

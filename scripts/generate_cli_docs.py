@@ -32,7 +32,7 @@ JSON object with a versioned `schema`, also for errors: `{"schema": "kvq.error/1
 | 0 | done |
 | 1 | expected failure: the message says what, the hint how to mend it |
 | 2 | usage: an option or a combination of options that makes no sense |
-| 3 | done, but a bar that you set was missed (`--max-ppl-increase`, `--max-kl`) |
+| 3 | done, but a bar was missed (`--max-ppl-increase`, `--max-kl`), or `doctor` found a problem |
 | 130 | interrupted with Ctrl-C; nothing half-written is left behind |
 | 143 | terminated with SIGTERM; nothing half-written is left behind |
 """

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from kvq_cli.app import app
 
-COMMANDS = ("calibrate", "inspect", "eval", "generate", "demo", "env")
+COMMANDS = ("calibrate", "inspect", "eval", "generate", "demo", "doctor", "env")
 ROOT = Path(__file__).parents[2]
 TO_COME = ("resume", "average-bits", "kvq chat", "kvq bench", "kvq report",
-           "kvq doctor", "kvq serve", "kvq push", "kvq convert")  # fmt: skip
+           "kvq serve", "kvq push", "kvq convert")  # fmt: skip
 
 
 def help_of(*arguments: str) -> str:

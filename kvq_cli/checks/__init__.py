@@ -1,0 +1,1 @@
+"""What ``kvq doctor`` looks at, one small function a check; none of them loads weights."""
