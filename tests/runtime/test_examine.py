@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from families import FAMILIES, REFUSED, Refused
 from kvq_formats.errors import UnsupportedModelError
@@ -75,13 +75,18 @@ def test_a_drift_in_units_of_its_bound() -> None:
     assert Drift(found=2.0, bound=1.0).relative == 2.0
 
 
+def models_alive() -> set[int]:
+    gc.collect()
+    # isinstance() would wake lazy objects of other libraries.
+    return {id(x) for x in gc.get_objects() if issubclass(type(x), PreTrainedModel)}
+
+
 def test_nothing_is_left_of_a_trial() -> None:
     model = make_tiny_llama()
     ids = torch.randint(3, 300, (1, 20))
+    before = models_alive()
     with torch.no_grad():
         stock = model(ids).logits
         examine(model.config, name="x", model_class=type(model))
         assert torch.equal(model(ids).logits, stock)
-    gc.collect()
-    alive = [found for found in gc.get_objects() if issubclass(type(found), type(model))]
-    assert alive == [model]
+    assert models_alive() <= before
