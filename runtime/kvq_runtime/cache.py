@@ -12,7 +12,6 @@ from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
-    get_layer_types_and_kwargs,
 )
 
 from kvq_formats.errors import ConfigError, KVQError
@@ -26,6 +25,7 @@ from kvq_runtime.page_codec import (
     page_codecs,
     unrotated_codecs,
 )
+from kvq_runtime.stock_layers import types_and_options
 
 BF16_BYTES = 2
 
@@ -85,6 +85,8 @@ class PackedCache(Cache):
         equal. Layers with a window have transformers' own limits, and a recurrent state has none of
         its earlier tokens to go back to.
         """
+        # Assisted generation of transformers 5.17 counts in tensors.
+        tokens_to_remove = int(tokens_to_remove)
         slots = self.get_seq_length()
         removed = slots - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
         for layer_idx, layer in enumerate(self.layers):
@@ -165,7 +167,7 @@ def cache_layers(
     config: PreTrainedConfig, codecs: Mapping[int, PageCodec], *, capacity: int | None = None
 ) -> list[Any]:
     """One layer a model layer: packed where there is a codec, the stock dynamic one elsewhere."""
-    types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    types, options = types_and_options(config)
     return [
         PackedLayer(codecs[layer_idx], capacity=capacity)
         if layer_idx in codecs

@@ -18,6 +18,7 @@ import torch
 from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import KVQError, UnsupportedModelError
 from kvq_formats.fingerprint import Fingerprint
+from kvq_runtime.cache_argument import cache_name, returned_cache
 from kvq_runtime.drift import Drift, ReplayTap
 from kvq_runtime.exact_pages import exact_codecs
 from kvq_runtime.miniature import make_miniature
@@ -195,16 +196,17 @@ def _feed(model: PreTrainedModel) -> None:
     mask[0, :PADDING] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache: Any = None
+    name = cache_name(model.forward)
     start = 0
     for stop in (PROMPT_TOKENS, *range(PROMPT_TOKENS + 1, total + 1)):
         output = model(
             input_ids=ids[:, start:stop],
             attention_mask=mask[:, :stop],
             position_ids=positions[:, start:stop],
-            past_key_values=cache,
             use_cache=True,
+            **{name: cache},
         )
-        cache, start = output.past_key_values, stop
+        cache, start = returned_cache(output), stop
 
 
 def _refused(name: str, reason: str) -> UnsupportedModelError:

@@ -32,6 +32,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from kvq_formats.errors import KVQError, UnsupportedModelError
+from kvq_runtime.cache_argument import as_taken, with_one_name
 from kvq_runtime.turn import Turn
 
 ROTARY_FUNCTION = "apply_rotary_pos_emb"
@@ -324,9 +325,9 @@ def _forwards_followed(decoder: nn.Module, tap: AttentionTap) -> Iterator[None]:
     def enter(_module: nn.Module, args: Any, kwargs: Any) -> Any:
         turn.take()
         # By name, all of them: what wraps a forward looks for its options among the keywords.
-        named = named_arguments(forward, args, kwargs)
+        named = with_one_name(named_arguments(forward, args, kwargs))
         replaced = tap.on_forward(named)
-        return None if replaced is None else ((), {**named, **replaced})
+        return None if replaced is None else ((), as_taken(forward, {**named, **replaced}))
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> Any:
         turn.give_back()

@@ -131,7 +131,7 @@ class RuntimeTap(AttentionTap):
         if self.keeps_cache:
             return output
         if isinstance(output, ModelOutput):
-            kept = {name: value for name, value in output.items() if name != "past_key_values"}
+            kept = {name: value for name, value in output.items() if not isinstance(value, Cache)}
             return type(output)(**kept)
         return tuple(value for value in output if not isinstance(value, Cache))
 

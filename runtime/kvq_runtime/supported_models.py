@@ -67,9 +67,9 @@ def context_limit(config: PreTrainedConfig) -> int | None:
     """Tokens that a quantized cache can serve: the window, where every layer has the same one."""
     if set(layer_types(config)) != {"sliding_attention"}:
         return None
-    from transformers.cache_utils import get_layer_types_and_kwargs
+    from kvq_runtime.stock_layers import types_and_options
 
-    _, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    _, options = types_and_options(config)
     windows = {given["sliding_window"] for given in options}
     return int(windows.pop()) if len(windows) == 1 else None
 
@@ -79,12 +79,12 @@ def layer_types(config: PreTrainedConfig) -> list[str]:
 
     Raises UnsupportedModelError where the configuration gives none.
     """
-    from transformers.cache_utils import get_layer_types_and_kwargs
+    from kvq_runtime.stock_layers import types_and_options
 
     decoder = config.get_text_config(decoder=True)
     positions = getattr(decoder, "max_position_embeddings", None)
     try:
-        types, options = get_layer_types_and_kwargs(decoder)
+        types, options = types_and_options(config)
     except (AttributeError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
             f"transformers makes no cache of layers for models of type {config.model_type} "

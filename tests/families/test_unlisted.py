@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from exact_pages import exact_codecs
 from kvq_formats.errors import UnsupportedModelError
+from kvq_runtime.cache_argument import cache_name
 from kvq_runtime.examine import ExaminedLayer, examine
 from kvq_runtime.resolve import resolve_model
 from kvq_runtime.runtime_rule import attach_pages
@@ -16,7 +18,8 @@ from padded_batches import batch, fed
 from unheard import load_unheard, write_unheard
 
 ROTATE = "query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)"
-UPDATE = "        if past_key_values is not None:\n            key_states, value_states ="
+CACHE = cache_name(LlamaForCausalLM.forward)
+UPDATE = f"        if {CACHE} is not None:\n            key_states, value_states ="
 
 EVERY_OTHER = f"""if self.layer_idx % 2:
             {ROTATE}"""
