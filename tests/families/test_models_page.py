@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,6 +23,14 @@ def generator() -> ModuleType:
     return module
 
 
+def pinned() -> str:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith("transformers==")]
+    return line.partition("==")[2]
+
+
+# Other versions refuse some models for another reason; the page gives that of the pinned one.
+@pytest.mark.skipif(version("transformers") != pinned(), reason="the page is of another version")
 def test_the_page_is_not_stale() -> None:
     text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     assert generator().page(text) == text, "docs/models.md is stale: make docs"

@@ -316,7 +316,12 @@ REFUSED = (
     Refused("Encoders (BERT)", "bert", "is not a causal language model"),
     Refused("Llama 4", "llama4_text", "has no apply_rotary_pos_emb"),
     Refused("GPT-2, OPT", "gpt2", "has no apply_rotary_pos_emb"),
-    Refused("GPT-J, CodeGen", "gptj", "does not use transformers' attention interface"),
+    # The second from transformers 5.24 on.
+    Refused(
+        "GPT-J, CodeGen",
+        "gptj",
+        "does not use transformers' attention interface|does not take queries and keys together",
+    ),
     Refused("Falcon with ALiBi", "falcon", "ALiBi", {"alibi": True}),
     Refused("Gemma 3n", "gemma3n_text", "shares one cache among several layers"),
     Refused("Gemma 4", "gemma4_text", "layers whose caches differ in shape"),
