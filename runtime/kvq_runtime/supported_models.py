@@ -145,7 +145,11 @@ def _is_encoder(config: PreTrainedConfig) -> bool:
 
 
 def _reasons_against_layers(config: PreTrainedConfig) -> Iterator[str]:
-    layers = getattr(config.get_text_config(decoder=True), "per_layer_config", None) or ()
+    try:
+        layers = list(getattr(config.get_text_config(decoder=True), "per_layer_config", None) or ())
+    except AttributeError:
+        # No number of layers: reading the fingerprint says so.
+        return
     for field in ("head_dim", "num_key_value_heads"):
         sizes = {getattr(layer, field, None) for layer in layers}
         if len(sizes) > 1:
