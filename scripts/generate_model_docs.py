@@ -3,18 +3,22 @@
     python scripts/generate_model_docs.py [--check]
 
 The table of families is that of the tests (``tests/support/families.py``), with what a miniature of
-each was seen to do. ``--check`` writes nothing and leaves with 1 if the page is stale.
+each was seen to do; the list of types is what ``benchmarks/model_types.py`` found. ``--check``
+writes nothing and leaves with 1 if the page is stale.
 """
 
 from __future__ import annotations
 
+import csv
 import logging
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "models.md"
+TYPES = ROOT / "benchmarks" / "results" / "model-types.csv"
 KEPT = {
     "sliding_attention": "sliding windows",
     "linear_attention": "linear attention",
@@ -72,7 +76,64 @@ def refused() -> str:
     return "\n".join(lines) + "\n"
 
 
-PARTS = {"families": families, "refused": refused}
+def types() -> str:
+    """Every type that transformers knows, from the last sweep."""
+    with TYPES.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    works = [row for row in rows if row["outcome"] == "works"]
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row["outcome"] != "works":
+            reasons[_in_general(row["reason"], row["model_type"])].append(row["model_type"])
+    lines = [
+        f"transformers {rows[0]['transformers']}: {len(works)} of {len(rows)} types work.",
+        "",
+        f"**Works**: {', '.join(_named(row) for row in works)}.",
+        "",
+        "| not served | types |",
+        "|---|---|",
+    ]
+    for reason, names in sorted(reasons.items(), key=lambda item: (-len(item[1]), item[0])):
+        lines.append(f"| {reason} | {', '.join(names)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _named(row: dict[str, str]) -> str:
+    left = int(row["layers"]) - int(row["quantized"])
+    return f"{row['model_type']}\\*" if left else row["model_type"]
+
+
+def _in_general(reason: str, model_type: str) -> str:
+    """A reason without what is of one model only, so that equal ones come together."""
+    general = {
+        "multi-head latent": "multi-head latent attention",
+        "encoder-decoder": "encoder-decoder",
+        "not a causal": "not a causal language model",
+        "no apply_rotary_pos_emb": "no RoPE that kvq could store keys before",
+        "does not take queries and keys": "rotates queries and keys one by one",
+        "attention interface": "does not use transformers' attention interface",
+        "no attention layers": "no attention layers that are known by their index",
+        "no num_attention_heads": "no attention, or none that its configuration tells of",
+        "no num_hidden_layers": "no attention, or none that its configuration tells of",
+        "nothing to quantize": "no layer attends to the whole context (in its default size)",
+        "knows how to quantize": "layers of other types (indexed, compressed, hybrid)",
+        "shares one cache": "shares one cache among several layers",
+        "differ in shape": "caches of several shapes",
+        "vectors of two sizes": "caches of several shapes",
+        "over keys of (heads": "caches of several shapes",
+        "between RoPE and attention": "changes keys between RoPE and the cache",
+        "packed pages cannot do": "does something with its cache that packed pages cannot do",
+        "never calls an attention": "has layers that never call attention",
+        "cannot be built": "the default configuration builds no model",
+        "fails by itself": "the default configuration runs no small model",
+        "modules with a buffer": "has several modules of RoPE for one layer",
+        "before it does": "caches keys before it rotates them",
+        "validation error": "the default configuration builds no model",
+    }
+    return next((words for part, words in general.items() if part in reason), reason)
+
+
+PARTS = {"families": families, "refused": refused, "types": types}
 
 
 def page(text: str) -> str:

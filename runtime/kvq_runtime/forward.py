@@ -117,9 +117,10 @@ class Forward:
         start, stop = channels
         if expected is None and channels != UNROTATED:
             raise UnsupportedModelError(
-                "a layer caches its keys without having rotated them; its sidecar says that it "
-                f"rotates channels {start} to {stop - 1}.",
-                hint="calibrate again: kvq calibrate MODEL --overwrite",
+                "a layer caches its keys without having rotated them, or before it does; expected "
+                f"channels {start} to {stop - 1} to be rotated first.",
+                hint="if its sidecar is from another version of the model's code: kvq calibrate "
+                "MODEL --overwrite",
             )
         if expected is not None and expected.shape[-1] != stop - start:
             raise UnsupportedModelError(

@@ -32,7 +32,7 @@ SMALLER: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r".*(intermediate|ffn|feed_forward|mlp|expert).*_(size|dim)|n_inner", lambda n: min(n, 64)),
     (r"n_group|topk_group|num_expert_groups?", lambda n: min(n, 1)),
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_moe_experts", lambda n: min(n, 4)),
-    (r".*experts_per_tok(en)?|.*top_?k.*|num_selected_experts", lambda n: min(n, 2)),
+    (r".*experts_per_tok(en)?|.*top_?k.*|moe_k|num_selected_experts", lambda n: min(n, 2)),
     (r"linear_num_(key|value)_heads", lambda n: min(n, 2)),
     (r".*_token_id", lambda token: token % VOCABULARY),
 )
