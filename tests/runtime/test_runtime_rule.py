@@ -360,7 +360,9 @@ def test_a_garbage_codebook_wrecks_the_logits() -> None:
     assert error(with_garbage_codebooks(good)) > 30 * error(good)
 
 
-@pytest.mark.parametrize(("title", "words"), [("SmolLM3", "without having rotated"), ("Phi-2", "8 ")])
+@pytest.mark.parametrize(
+    ("title", "words"), [("SmolLM3", "without having rotated"), ("Phi-2", "8 ")]
+)
 @torch.no_grad()
 def test_a_layer_that_does_not_rotate_what_was_learned_is_refused(title: str, words: str) -> None:
     """Codecs that were made as if every layer rotated all channels."""
