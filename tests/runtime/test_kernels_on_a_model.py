@@ -53,7 +53,8 @@ def logits(impl: str, *, title: str, rule: Any, steps: int, **options: Any) -> l
     return found
 
 
-# Layers without RoPE, and keys of which a part is cut out to be rotated, interleaved, and not.
+# Layers without RoPE, and keys of which a part is cut out to be rotated, interleaved, and not. The
+# interpreter is slow: there one model, of which one layer rotates its keys and one does not.
 TITLES = ["Llama 3.x", "SmolLM3", "StableLM", "GLM-4"]
 
 
@@ -64,7 +65,7 @@ TITLES = ["Llama 3.x", "SmolLM3", "StableLM", "GLM-4"]
         ("Llama 3.x", "exact-prefill", {"recent_tokens": 5}),
     ]
     if ON_GPU
-    else [(title, "runtime", {"recent_tokens": 5}) for title in TITLES[:3]],
+    else [(title, "runtime", {"recent_tokens": 5}) for title in TITLES[1:2]],
 )
 def test_logits_match_the_reference(
     title: str, rule: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
