@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvq_formats.config import PAGE_TOKENS
 from kvq_formats.errors import KVQError, UnsupportedModelError
 from kvq_runtime.rope import AttentionCall, AttentionTap, tap_attention
 from kvq_runtime.rotary_channels import key_before_rope
@@ -54,11 +55,34 @@ class CacheCodec(Protocol):
         ...
 
 
-class EvaluationTap(AttentionTap):
-    """Replaces keys and values by what ``codec`` decodes them to."""
+@runtime_checkable
+class QueryAwareCodec(CacheCodec, Protocol):
+    """A codec that spends its bits by what queries attend to."""
 
-    def __init__(self, codec: CacheCodec) -> None:
+    def decoded_pair(
+        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What a row's codes after its sinks decode to, both at once.
+
+        Args:
+            queries: f32 ``[HQ, T, D]`` after RoPE.
+            keys: f32 ``[H, T, D]``, after RoPE or before it, as ``rotated_keys`` says.
+            values: f32 ``[H, T, D]``.
+        """
+        ...
+
+
+class EvaluationTap(AttentionTap):
+    """Replaces keys and values by what ``codec`` decodes them to.
+
+    Args:
+        codec: the cache.
+        own_page: a query reads its own page of 256 tokens exactly, as under the runtime rule.
+    """
+
+    def __init__(self, codec: CacheCodec, *, own_page: bool = False) -> None:
         self.codec = codec
+        self.own_page = own_page
         self.mask: Tensor | None = None
 
     def on_forward(self, arguments: Mapping[str, Any]) -> None:
@@ -84,24 +108,58 @@ class EvaluationTap(AttentionTap):
         if layer_idx not in self.codec.layers:
             return call.attend(call.query, exact_key, value)
         if self.codec.rotated_keys:
-            key = self._decoded(layer_idx, exact_key, self.codec.decoded_keys)
+            key, decoded_value = self._decoded_pair(call, exact_key)
         else:
             # Decoded before RoPE, then rotated as the model does.
             before = key_before_rope(call)
-            decoded = self._decoded(layer_idx, before.key, self.codec.decoded_keys)
+            decoded, decoded_value = self._decoded_pair(call, before.key)
             key = before.rotated(decoded)
-        decoded_value = self._decoded(layer_idx, value, self.codec.decoded_values)
-        if self.codec.recent_tokens == 0:
+        if self.codec.recent_tokens == 0 and not self.own_page:
             return call.attend(call.query, key, decoded_value)
-        output = banded_attention(
+        order = self._attended(call.query).cumsum(-1) - 1
+        output = partly_exact_attention(
             call.query,
             (key, decoded_value),
             (exact_key, value),
-            band=self.codec.recent_tokens,
+            exact_until=self._exact_until(order),
+            order=order,
             mask=self.mask,
             options=call.options,
         )
         return output, None
+
+    def _exact_until(self, order: Tensor) -> Tensor:
+        """The last query, by order, that reads each token exactly; ``order`` int64 ``[B, T]``."""
+        recent = self.codec.recent_tokens
+        if not self.own_page:
+            return order + recent - 1
+        page = (order - self.codec.sink_tokens).clamp(min=0) // PAGE_TOKENS
+        return self.codec.sink_tokens + PAGE_TOKENS * (page + 1) - 1 + recent
+
+    def _attended(self, query: Tensor) -> Tensor:
+        """Bool ``[B, T]``, which tokens are no padding."""
+        B, _, T, _ = query.shape
+        if self.mask is None:
+            return torch.ones(B, T, dtype=torch.bool, device=query.device)
+        return self.mask.to(query.device)
+
+    def _decoded_pair(self, call: AttentionCall, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded keys, from ``key`` ``[B, H, T, D]``, and values, the sinks as they are."""
+        layer_idx, codec = call.layer_idx, self.codec
+        if not isinstance(codec, QueryAwareCodec):
+            return (
+                self._decoded(layer_idx, key, codec.decoded_keys),
+                self._decoded(layer_idx, call.value, codec.decoded_values),
+            )
+        keys, values = key.clone(), call.value.clone()
+        for row, attended in enumerate(self._attended(call.query)):
+            tokens = attended.nonzero()[codec.sink_tokens :, 0]
+            if len(tokens):
+                restored = codec.decoded_pair(
+                    layer_idx, *(x[row, :, tokens].float() for x in (call.query, key, call.value))
+                )
+                keys[row, :, tokens], values[row, :, tokens] = (x.to(key.dtype) for x in restored)
+        return keys, values
 
     def _decoded(
         self, layer_idx: int, x: Tensor, decode: Callable[[int, Tensor], Tensor]
@@ -120,20 +178,22 @@ class EvaluationTap(AttentionTap):
         return decoded
 
 
-def banded_attention(
+def partly_exact_attention(
     query: Tensor,
     decoded: tuple[Tensor, Tensor],
     exact: tuple[Tensor, Tensor],
     *,
-    band: int,
+    exact_until: Tensor,
+    order: Tensor,
     mask: Tensor | None,
     options: Mapping[str, Any],
 ) -> Tensor:
-    """Causal attention that reads each query's last ``band`` tokens from the exact pair.
+    """Causal attention that reads each query's near tokens from the exact pair.
 
     Args:
         query: ``[B, HQ, T, D]``; decoded, exact: (key, value) ``[B, H, T, D]`` after RoPE.
-        band: tokens up to and including the query itself that are read exactly.
+        exact_until: int64 ``[B, T]``, the last query that reads a token exactly, by its order.
+        order: int64 ``[B, T]``, place of each token among the attended ones of its row.
         mask: bool ``[B, T]``, attended tokens, or None for all.
         options: the model's attention options; scaling and softcap are honoured, others refused.
 
@@ -163,12 +223,11 @@ def banded_attention(
     softcap = options.get("softcap")
     attended = torch.ones(B, T, dtype=torch.bool) if mask is None else mask
     attended = attended.to(query.device)
-    order = attended.cumsum(-1)
     places = torch.arange(T, device=query.device)
     outputs = []
     for start in range(0, T, QUERY_BLOCK):
         rows = slice(start, min(start + QUERY_BLOCK, T))
-        near = (order[:, rows, None] - order[:, None, :] < band)[:, None]
+        near = (order[:, rows, None] <= exact_until[:, None, :])[:, None]
         q = query[:, :, rows].float() * scaling
         scores = torch.where(near, q @ exact_key.mT, q @ key.mT)
         if softcap:
@@ -183,10 +242,18 @@ def banded_attention(
 
 
 @contextmanager
-def attach_codec(model: PreTrainedModel, codec: CacheCodec) -> Iterator[PreTrainedModel]:
+def attach_codec(
+    model: PreTrainedModel,
+    codec: CacheCodec,
+    *,
+    rule: Literal["evaluation", "runtime"] = "evaluation",
+) -> Iterator[PreTrainedModel]:
     """Make plain ``model(input_ids)`` attend over what ``codec`` decodes; restored on exit.
 
-    Batches may be padded (``attention_mask`` ``[B, T]``): padding enters no page.
+    Under the runtime rule a query reads pages of 256 tokens that ended before it from codes, and
+    its own page exactly. What it sees depends on its place alone, so that one forward over a text
+    gives what decoding it token by token would give. Batches may be padded (``attention_mask``
+    ``[B, T]``): padding enters no page.
     """
-    with tap_attention(model, EvaluationTap(codec)):
+    with tap_attention(model, EvaluationTap(codec, own_page=rule == "runtime")):
         yield model

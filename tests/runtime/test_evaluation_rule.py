@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from kvq_formats.errors import KVQError, UnsupportedModelError
-from kvq_runtime.evaluation_rule import attach_codec, banded_attention
+from kvq_runtime.evaluation_rule import attach_codec, partly_exact_attention
 from tiny_models import make_tiny_llama
 
 VOCABULARY = 300
@@ -132,19 +132,67 @@ def test_custom_masks_are_refused(model: LlamaForCausalLM, ids: Tensor) -> None:
         logits(model, ids, mask)
 
 
+def banded(q: Tensor, k: Tensor, v: Tensor, *, band: int, options: dict[str, object]) -> Tensor:
+    """Attention over pairs that are the same, whichever is read."""
+    order = torch.arange(q.shape[2])[None]
+    return partly_exact_attention(
+        q, (k, v), (k, v), exact_until=order + band - 1, order=order, mask=None, options=options
+    )
+
+
+class QueryAware(Codec):
+    """Decodes both at once, from the queries that it was shown."""
+
+    def decoded_pair(
+        self, layer_idx: int, queries: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        self.shown.append(tuple(queries.shape))
+        return keys * self.scale, values * self.scale
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_codec_that_sees_queries_decodes_both(
+    model: LlamaForCausalLM, ids: Tensor, rotated: bool
+) -> None:
+    both, apart = QueryAware(scale=0.5, sink_tokens=2), Codec(scale=0.5, sink_tokens=2)
+    both.rotated_keys = apart.rotated_keys = rotated
+    with attach_codec(model, both):
+        found = logits(model, ids)
+    with attach_codec(model, apart):
+        assert torch.equal(found, logits(model, ids))
+    assert both.shown == [(4, 38, 16)] * 4
+
+
+@pytest.mark.parametrize("recent_tokens", [0, 3])
+def test_under_the_runtime_rule_a_querys_own_page_is_exact(
+    model: LlamaForCausalLM, recent_tokens: int
+) -> None:
+    sinks = 2
+    ids = torch.randint(3, VOCABULARY, (1, 262), generator=torch.Generator().manual_seed(4))
+    stock = logits(model, ids)
+    codec = Codec(scale=0.0, sink_tokens=sinks, recent_tokens=recent_tokens)
+    with attach_codec(model, codec, rule="runtime"):
+        found = logits(model, ids)
+    # The first page ends with token sinks + 255, and is exact for the recent tokens behind it.
+    first = sinks + 256 + recent_tokens
+    bound = 512 * EPS * stock.abs().max() * 8
+    assert (found[:, :first] - stock[:, :first]).abs().max() <= bound
+    assert (found[:, first:] - stock[:, first:]).abs().amax(-1).min() > 0.01
+
+
 @pytest.mark.parametrize(
     ("option", "value"), [("s_aux", torch.ones(4)), ("sliding_window", 4), ("dropout", 0.1)]
 )
 def test_a_band_refuses_what_it_does_not_honour(option: str, value: object) -> None:
     q, kv = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
     with pytest.raises(UnsupportedModelError, match=option):
-        banded_attention(q, (kv, kv), (kv, kv), band=2, mask=None, options={option: value})
+        banded(q, kv, kv, band=2, options={option: value})
 
 
 def test_a_window_that_hides_nothing_is_no_matter() -> None:
     q, kv = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
     found, expected = (
-        banded_attention(q, (kv, kv), (kv, kv), band=2, mask=None, options=options)
+        banded(q, kv, kv, band=2, options=options)
         for options in ({"sliding_window": 8, "dropout": 0.0}, {})
     )
     assert torch.equal(found, expected)
@@ -156,7 +204,7 @@ def test_banded_attention_is_attention(softcap: float | None) -> None:
     q = torch.randn(1, 4, 300, 16, generator=generator)
     k, v = (torch.randn(1, 2, 300, 16, generator=generator) for _ in range(2))
     options = {"scaling": 0.3, "softcap": softcap}
-    found = banded_attention(q, (k, v), (k, v), band=7, mask=None, options=options)
+    found = banded(q, k, v, band=7, options=options)
     scores = (q.double() @ k.double().repeat_interleave(2, 1).mT) * 0.3
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)

@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""Train the small Llama that ships inside kvq, from plain text files, on a CPU or a GPU.
+"""Train a small language model from plain text files, on a CPU or a GPU.
 
-    python scripts/train_tiny_llama.py TRAIN.txt ... --dev DEV.txt ... -o DIR
+    python scripts/train_tiny_model.py TRAIN.txt ... --dev DEV.txt ... -o DIR
+
+The Llama that ships inside kvq was made so, and the Qwen3 that accuracy is also measured on
+(``--architecture qwen3``: heads of 128 numbers, norms on queries and keys).
 
 Writes a transformers folder: ``config.json``, ``model.safetensors`` (bfloat16), the tokenizer,
 ``training_log.csv`` (loss curve) and ``README.md`` with what was trained, on what, and how well it
@@ -22,10 +25,21 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
 PROMPTS = (
     "The city of",
     "The film was directed by",
@@ -52,6 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("train", nargs="+", type=Path, help="UTF-8 text files to train on")
     parser.add_argument("--dev", nargs="+", type=Path, required=True, help="text for bits per byte")
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--architecture", choices=sorted(ARCHITECTURES), default="llama")
+    parser.add_argument("--title", default="kvq's embedded model", help="headline of README.md")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--intermediate-size", type=int, default=704)
@@ -155,7 +171,7 @@ def next_token_loss(model: torch.nn.Module, ids: torch.Tensor, device: str) -> t
 
 @torch.no_grad()
 def bits_per_byte(
-    model: LlamaForCausalLM, stream: torch.Tensor, num_bytes: int, bos: int, seq_len: int
+    model: PreTrainedModel, stream: torch.Tensor, num_bytes: int, bos: int, seq_len: int
 ) -> float:
     """Bits a byte of text, over non-overlapping windows that each start at begin-of-text."""
     total = 0.0
@@ -167,8 +183,8 @@ def bits_per_byte(
     return total / math.log(2) / num_bytes
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    shipped = LlamaForCausalLM(model.config).to(torch.bfloat16)
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    shipped = type(model)(model.config).to(torch.bfloat16)
     shipped.load_state_dict(model.state_dict())
     shipped.config.dtype = torch.bfloat16
     shipped.save_pretrained(output)
@@ -176,7 +192,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 
 @torch.no_grad()
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[str]:
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[str]:
     texts = []
     for prompt in PROMPTS:
         torch.manual_seed(seed)
@@ -205,16 +221,16 @@ def write_readme(args: argparse.Namespace, facts: dict, output: Path) -> None:
         f"| `{name}` | {count:,} | {share:.1%} |" for name, count, share in facts["mixture"]
     )
     output.joinpath("README.md").write_text(
-        f"""# kvq's embedded model
+        f"""# {args.title}
 
-A small English Llama that lets every part of kvq run offline on a trained model. It is for trying
-and testing the tool, not for writing text.
+A small English language model that lets kvq be tried and measured offline on trained weights. It is
+not for writing text.
 
-`LlamaForCausalLM`, {facts["parameters"]:,} parameters, {args.layers} layers, {args.heads} query
+`{facts["class"]}`, {facts["parameters"]:,} parameters, {args.layers} layers, {args.heads} query
 heads on {args.kv_heads} key/value heads of {args.head_dim} numbers, {args.max_positions:,}
 positions, byte-level BPE with {args.vocab_size:,} entries, bfloat16.
 
-Made by `scripts/train_tiny_llama.py` with seed {args.seed}: {facts["steps"]:,} steps of
+Made by `scripts/train_tiny_model.py` with seed {args.seed}: {facts["steps"]:,} steps of
 {args.tokens_per_step:,} tokens ({facts["tokens"]:,} in all), AdamW, learning rate
 {args.learning_rate:g}, windows of {", ".join(str(p.seq_len) for p in PHASES)} tokens in turn,
 {facts["minutes"]:.0f} minutes on {facts["hardware"]}.
@@ -262,7 +278,8 @@ def main() -> None:
     streams = [encode(tokenizer, file) for file in args.train]
     batches = Batches(streams, args.mixing_exponent, tokenizer.bos_token_id, args.seed)
 
-    config = LlamaConfig(
+    config_class, model_class = ARCHITECTURES[args.architecture]
+    config = config_class(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden_size,
         intermediate_size=args.intermediate_size,
@@ -276,7 +293,7 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config).to(args.device)
+    model = model_class(config).to(args.device)
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     kept = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -326,9 +343,10 @@ def main() -> None:
         writer.writerow(["step", "seq_len", "tokens", "loss"])
         writer.writerows((s, t, n, f"{loss:.4f}") for s, t, n, loss in curve)
 
-    shipped = LlamaForCausalLM.from_pretrained(args.output).eval()
+    shipped = model_class.from_pretrained(args.output).eval()
     shares = (batches.weights / batches.weights.sum()).tolist()
     facts = {
+        "class": model_class.__name__,
         "parameters": shipped.num_parameters(),
         "steps": step,
         "tokens": seen,
