@@ -34,18 +34,23 @@ def calibrate_all(
     """A sidecar for each configuration, by its name; windows are int64 ``[S, T]``."""
     sidecars: dict[str, Sidecar] = {}
     layers = quantized_layers(model.config)
+    head_dim = base_model.fingerprint.head_dim
     for names in _groups(configs):
         first = configs[names[0]]
-        thresholds = find_thresholds(model, windows, first, layers, batch_size=1, progress=progress)
+        thresholds, channels = find_thresholds(
+            model, windows, first, layers, batch_size=1, progress=progress
+        )
         points = measure_points(model, windows, first, thresholds, batch_size=1, progress=progress)
         for name in names:
-            fitted = {i: fit_layer(points[i], thresholds[i], configs[name]) for i in layers}
+            config = configs[name]
+            fitted = {i: fit_layer(points[i], thresholds[i], config.for_layer(i)) for i in layers}
             sidecars[name] = Sidecar(
-                config=configs[name],
+                config=config,
                 base_model=base_model,
                 calibration=calibration,
                 layers={i: parameters for i, (parameters, _) in fitted.items()},
                 statistics={i: statistics for i, (_, statistics) in fitted.items()},
+                rotary_channels={i: span for i, span in channels.items() if span != (0, head_dim)},
             )
     return {name: sidecars[name] for name in configs}
 

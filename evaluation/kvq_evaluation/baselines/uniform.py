@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
+
+from kvq_formats.errors import ConfigError
 
 GROUP_BYTES = 4
 """An fp16 scale and an fp16 zero beside the codes of a group."""
@@ -26,13 +31,55 @@ def round_trip(vectors: Tensor, *, bits: int) -> Tensor:
     return codes * scale + zero
 
 
+def by_group(vectors: Tensor, *, group: int, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+    """``quantize`` on each ``group`` numbers of the last axis; same shape as ``[..., E]``.
+
+    Where ``group`` does not divide E, what is left at the end is a shorter group of its own.
+    ``quantize`` maps ``[..., G]`` to the same shape, each last axis by itself.
+    """
+    whole = vectors.shape[-1] // group * group
+    complete = vectors[..., :whole].unflatten(-1, (whole // group, group))
+    parts = [quantize(complete).flatten(-2)]
+    if whole < vectors.shape[-1]:
+        parts.append(quantize(vectors[..., whole:]))
+    return torch.cat(parts, dim=-1)
+
+
+def allocated_bytes(numbers: int, *, bits: int, group: int, metadata: int = GROUP_BYTES) -> int:
+    """Bytes of ``numbers`` in groups, the last one shorter: whole bytes of codes, and metadata."""
+    complete, rest = divmod(numbers, group)
+    allocated = complete * (-(-bits * group // 8) + metadata)
+    return allocated + (-(-bits * rest // 8) + metadata if rest else 0)
+
+
+def with_exact_tokens(coded: float, *, exact_tokens: int, tokens: int | None) -> float:
+    """Bits a number where ``exact_tokens`` of ``tokens`` are kept as they are, the rest coded.
+
+    Without ``tokens`` the text is taken as endless, so that exact tokens weigh nothing.
+    """
+    if tokens is None:
+        return coded
+    share = min(1.0, exact_tokens / tokens)
+    return (1 - share) * coded + share * EXACT_BITS
+
+
 def effective_bits(*, bits: int, group: int, sink_tokens: int, tokens: int | None) -> float:
     """Bits a cached number: codes in whole bytes a group, scale and zero, and the sinks.
 
     Without ``tokens`` the text is taken as endless, so that sinks weigh nothing.
     """
-    coded = 8 * (-(-bits * group // 8) + GROUP_BYTES) / group
-    if tokens is None:
-        return coded
-    share = min(1.0, sink_tokens / tokens)
-    return (1 - share) * coded + share * EXACT_BITS
+    coded = 8 * allocated_bytes(group, bits=bits, group=group) / group
+    return with_exact_tokens(coded, exact_tokens=sink_tokens, tokens=tokens)
+
+
+def check_options(*, bits: int, group: int | None = None, fewest_bits: int = 1) -> None:
+    """Raise ConfigError for a code width beyond 8 bits or an empty group."""
+    if not fewest_bits <= bits <= 8:
+        raise ConfigError(
+            f"bits is {bits}; this baseline has codes of {fewest_bits} to 8 bits.",
+            hint=f"bits={max(fewest_bits, 4)}",
+        )
+    if group is not None and group < 1:
+        raise ConfigError(
+            f"group is {group}; expected a positive number of cached numbers.", hint="group=32"
+        )

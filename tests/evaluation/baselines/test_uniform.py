@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvq_evaluation.baselines import uniform
+from kvq_formats.errors import ConfigError
 
 HALF_U = 2.0**-11
 """Unit roundoff of fp16."""
@@ -54,3 +55,39 @@ def test_bits_are_counted_from_bytes(bits: int, group: int) -> None:
 def test_an_odd_group_pays_for_its_last_byte() -> None:
     # 3 x 10 bits take 4 bytes, scale and zero 4 more: 64 bits for 10 numbers.
     assert uniform.effective_bits(bits=3, group=10, sink_tokens=0, tokens=None) == 6.4
+
+
+def test_the_last_group_is_shorter() -> None:
+    x = torch.tensor([[0.0, 3.0, 0.0, 30.0, 7.0]])
+    # Groups of two: [0, 3], [0, 30] and [7] alone. Ends are codes, so all decode exactly.
+    pairs = uniform.by_group(x, group=2, quantize=lambda g: uniform.round_trip(g, bits=1))
+    assert torch.equal(pairs, x)
+    # One group of five, one bit: 0 or 30, whichever is nearer.
+    whole = uniform.by_group(x, group=8, quantize=lambda g: uniform.round_trip(g, bits=1))
+    assert torch.equal(whole, torch.tensor([[0.0, 0.0, 0.0, 30.0, 0.0]]))
+
+
+def test_bytes_of_a_shorter_group() -> None:
+    # 32 + 32 + 16 numbers of 3 bits: 12 + 12 + 6 bytes of codes, three times 4 bytes beside them.
+    assert uniform.allocated_bytes(80, bits=3, group=32) == 42
+    assert uniform.allocated_bytes(80, bits=3, group=32, metadata=2) == 36
+    assert uniform.allocated_bytes(0, bits=3, group=32) == 0
+
+
+def test_exact_tokens_weigh_their_share() -> None:
+    # A quarter of the tokens at 16 bits, the rest at 4.
+    assert uniform.with_exact_tokens(4.0, exact_tokens=25, tokens=100) == 7.0
+    assert uniform.with_exact_tokens(4.0, exact_tokens=25, tokens=10) == 16.0
+    assert uniform.with_exact_tokens(4.0, exact_tokens=25, tokens=None) == 4.0
+
+
+@pytest.mark.parametrize("options", [{"bits": 0}, {"bits": 9}, {"bits": 4, "group": 0}])
+def test_impossible_options_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"is \d; "):
+        uniform.check_options(**options)
+
+
+def test_fewest_bits_can_be_raised() -> None:
+    uniform.check_options(bits=2, fewest_bits=2)
+    with pytest.raises(ConfigError, match="bits is 1"):
+        uniform.check_options(bits=1, fewest_bits=2)
