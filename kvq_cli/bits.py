@@ -25,6 +25,12 @@ def reported_bits(config: KVQConfig, fingerprint: Fingerprint) -> EffectiveBits:
     )
 
 
+def codes_in_words(config: KVQConfig) -> str:
+    """``keys 2 bits, values 3 bits``; where layers differ their range and mean."""
+    key_bits, value_bits = config.bits_in_words()
+    return f"keys {key_bits}, values {value_bits}"
+
+
 def bits_facts(bits: EffectiveBits) -> list[tuple[str, str]]:
     """Rows for people: the figure that methods are compared on first, then what it is made of."""
     return [

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvq_cli.bits import bits_facts, bits_json, reported_bits
+from kvq_cli.bits import bits_facts, bits_json, codes_in_words, reported_bits
 from kvq_cli.calibration_memory import memory_facts
 from kvq_cli.output import Output
 from kvq_cli.peak_memory import peak_memory, peak_memory_json
@@ -38,6 +38,7 @@ class Calibrated:
         bits = reported_bits(self.sidecar.config, self.sidecar.base_model.fingerprint)
         return [
             ("sidecar", str(self.path)),
+            ("codes", codes_in_words(self.sidecar.config)),
             *bits_facts(bits),
             ("time", f"{self.seconds:.1f} s"),
             ("peak memory", peak_memory()),
@@ -126,7 +127,7 @@ def plan_facts(
         ("dry run", "everything that can be checked without weights is in order"),
         ("model", f"{model.id}, {model.fingerprint.summary}"),
         ("text", f"{plan.source.name}, {plan.num_samples} x {plan.seq_len} tokens"),
-        ("codes", f"keys {config.key_bits} bits, values {config.value_bits} bits"),
+        ("codes", codes_in_words(config)),
         *bits_facts(reported_bits(config, model.fingerprint)),
         *memory_facts(memory),
         ("would write", str(folder)),

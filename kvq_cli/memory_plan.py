@@ -169,5 +169,5 @@ def _at_two_bits(sidecar: Sidecar) -> Sidecar:
         )
         for layer_idx, layer in sidecar.layers.items()
     }
-    config = sidecar.config.model_copy(update={"key_bits": 2, "value_bits": 2})
+    config = sidecar.config.model_copy(update={"key_bits": 2, "value_bits": 2, "layer_bits": {}})
     return replace(sidecar, config=config, layers=layers)

@@ -55,7 +55,7 @@ class CalibrationMemory:
             histograms.
         quantiles: tails of every key channel, first pass.
         sorting: one layer's keys in fp32 as they join the tails.
-        histograms: of all layers, second pass.
+        histograms: of all layers, second pass, and with sensitivity the moments of gradients.
         available: memory that is free on the device.
     """
 
@@ -197,7 +197,7 @@ def count_activations(
       of a chunk of rows; the last hidden state, in fp32 for its norm, and its gradient.
     - ``measuring``: fp32 keys, values, normalised, clamped, masked, counted, and their flags: 40
       bytes a number; with sensitivity 24 more for squared gradients and weights. Histograms take
-      chunks in f64.
+      chunks in f64, moments a batch in f32 and f64.
     - ``quantiles``, ``sorting``: two tails of ``held`` f32 numbers a channel; keys in the model's
       type and in f32 with what tells whether they are finite, then joined with a tail, and its
       values and i64 indices.
@@ -221,6 +221,7 @@ def count_activations(
     softcap = bool(given.get("final_logit_softcapping"))
     chunk = 4 * 4 * min(N, rows_a_chunk(V)) * V
     logits = N * (s * V * (3 if softcap else 2) + (2 * s + 4) * h + 2 * POSITIONS) + chunk
+    moments = 8 * C * shape.head_dim if fisher else 0
     only_keys = C if shape.kept == 2 * C else shape.kept
     return {
         "num_layers": layers,
@@ -231,8 +232,8 @@ def count_activations(
         "forward": mask + shape.forward_bytes(s, **moment),
         "recomputation": mask + shape.backward_bytes(s, **moment) if fisher else 0,
         "logits": logits if fisher else 0,
-        "measuring": N * C * (64 if fisher else 40) + 4 * 8 * min(N * C, CHUNK),
+        "measuring": N * C * (64 if fisher else 40) + 4 * 8 * min(N * C, CHUNK) + 2 * moments,
         "quantiles": layers * 2 * 4 * C * held,
         "sorting": N * C * (s + 10) + 4 * C * (held + -(-N // tails.stride)) + 12 * C * held,
-        "histograms": layers * 2 * HISTOGRAM,
+        "histograms": layers * 2 * (HISTOGRAM + moments),
     }

@@ -8,6 +8,8 @@ grows neither with tokens nor with layers times tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +21,7 @@ from kvq_calibration.capture import (
     run_decoder,
     token_rows,
 )
+from kvq_calibration.moments import GradientMoments
 from kvq_calibration.packed_weights import weights_as_loaded
 from kvq_calibration.points import NormalisedPoints
 from kvq_calibration.residuals import fit_outlier_step
@@ -26,7 +29,7 @@ from kvq_calibration.sensitivity import (
     LossScale,
     activation_gradients,
     backward,
-    squared_gradients,
+    layer_gradients,
 )
 from kvq_calibration.thresholds import ChannelQuantiles, center_and_half_range
 from kvq_formats import outliers
@@ -48,6 +51,21 @@ from kvq_runtime.rotary_channels import RotaryChannels
 
 Thresholds = dict[int, tuple[Tensor, Tensor]]
 """Layer index -> (center, half_range), f32 ``[H, D]``."""
+
+
+@dataclass
+class LayerPoints:
+    """What is kept of one layer's keys and values between batches.
+
+    Fields:
+        key, value: histograms in normalised units.
+        key_moments, value_moments: of the gradients; empty without sensitivity.
+    """
+
+    key: NormalisedPoints = field(default_factory=NormalisedPoints)
+    value: NormalisedPoints = field(default_factory=NormalisedPoints)
+    key_moments: GradientMoments = field(default_factory=GradientMoments)
+    value_moments: GradientMoments = field(default_factory=GradientMoments)
 
 
 def find_thresholds(
@@ -88,10 +106,10 @@ def find_thresholds(
 
 
 def _add_layer(
-    points: tuple[NormalisedPoints, NormalisedPoints],
+    points: LayerPoints,
     keys: Tensor,
     values: Tensor,
-    squared: tuple[Tensor, Tensor] | None,
+    gradients: tuple[Tensor, Tensor] | None,
     thresholds: tuple[Tensor, Tensor],
     config: KVQConfig,
 ) -> None:
@@ -102,17 +120,20 @@ def _add_layer(
     """
     center, half_range = thresholds
     z = (keys - center) / half_range
-    weight = None if squared is None else squared[0] * half_range.square()
-    points[0].add(z, z.abs() > 1, weight)
+    weight = None if gradients is None else (gradients[0] * half_range).square()
+    points.key.add(z, z.abs() > 1, weight)
 
     tokens, H, D = values.shape
     vectors = values.reshape(tokens, 1, H * D) if config.value_grain == "token" else values
     per_side = outliers.value_outliers_per_side(config, H, D)
     half, middle, is_outlier = value_thresholds(vectors, outliers_per_side=per_side)
     z = ((vectors - middle.float()) / half.float()).reshape(tokens, H, D)
-    scale = half.float().square().expand_as(vectors).reshape(tokens, H, D)
-    weight = None if squared is None else squared[1] * scale
-    points[1].add(z, is_outlier.reshape(tokens, H, D), weight)
+    scale = half.float().expand_as(vectors).reshape(tokens, H, D)
+    weight = None if gradients is None else (gradients[1] * scale).square()
+    points.value.add(z, is_outlier.reshape(tokens, H, D), weight)
+    if gradients is not None:
+        points.key_moments.add(gradients[0])
+        points.value_moments.add(gradients[1])
 
 
 def measure_points(
@@ -123,9 +144,9 @@ def measure_points(
     *,
     batch_size: int,
     progress: Progress,
-) -> dict[int, tuple[NormalisedPoints, NormalisedPoints]]:
+) -> dict[int, LayerPoints]:
     """Second pass: histograms of normalised keys and values by layer, weighted by sensitivity."""
-    points = {layer: (NormalisedPoints(), NormalisedPoints()) for layer in thresholds}
+    points = {layer: LayerPoints() for layer in thresholds}
     tap = KeyValueTap(layers=tuple(thresholds))
     batches = windows.split(batch_size)
     weighted = config.sensitivity == "fisher"
@@ -133,11 +154,11 @@ def measure_points(
     def rows(x: Tensor) -> Tensor:
         return token_rows(x, sink_tokens=config.sink_tokens)
 
-    def add(layer: int, squared: tuple[Tensor, Tensor] | None) -> None:
+    def add(layer: int, gradients: tuple[Tensor, Tensor] | None) -> None:
         keys = finite(rows(tap.keys.pop(layer).numbers()), layer_idx=layer, what="keys")
         values = finite(rows(tap.values.pop(layer)), layer_idx=layer, what="values")
-        weights = None if squared is None else (rows(squared[0]), rows(squared[1]))
-        _add_layer(points[layer], keys, values, weights, thresholds[layer], config)
+        kept = None if gradients is None else (rows(gradients[0]), rows(gradients[1]))
+        _add_layer(points[layer], keys, values, kept, thresholds[layer], config)
 
     with tap_attention(model, tap), progress.stage("sensitivity", len(batches)) as advance:
         if weighted:
@@ -146,7 +167,7 @@ def measure_points(
                 for batch in batches:
                     backward(model, tap, batch, scale)
                     for layer in thresholds:
-                        add(layer, squared_gradients(tap, layer, scale))
+                        add(layer, layer_gradients(tap, layer, scale))
                     advance()
         else:
             for batch in batches:
@@ -160,13 +181,14 @@ def measure_points(
 
 
 def fit_layer(
-    points: tuple[NormalisedPoints, NormalisedPoints],
+    points: LayerPoints,
     thresholds: tuple[Tensor, Tensor],
     config: KVQConfig,
 ) -> tuple[LayerParameters, LayerStatistics]:
-    """Codebooks, Q-Norm and outlier steps of one layer from its histograms."""
+    """Codebooks, Q-Norm, outlier steps and feedback of one layer from what was kept of it."""
     center, half_range = (t.cpu() for t in thresholds)
-    key, value = points
+    key, value = points.key, points.value
+    with_feedback = config.error_feedback and config.sensitivity == "fisher"
     key_codebook = key.fit(config.key_bits, config)
     value_codebook = value.fit(config.value_bits, config)
     key_index_bits = outliers.channel_bits(center.shape[-1])
@@ -176,12 +198,14 @@ def fit_layer(
             half_range=half_range,
             codebook=key_codebook,
             outlier_step=fit_outlier_step(key.outliers, key_codebook, index_bits=key_index_bits),
+            feedback=points.key_moments.feedback(half_range) if with_feedback else None,
         ),
         value=ValueParameters(
             codebook=value_codebook,
             outlier_step=fit_outlier_step(
                 value.outliers, value_codebook, index_bits=outliers.TOKEN_BITS
             ),
+            feedback=points.value_moments.feedback() if with_feedback else None,
         ),
     )
     statistics = LayerStatistics(
@@ -244,7 +268,7 @@ def calibrate(
     with progress.stage("codebooks", len(layers)) as advance:
         for layer in layers:
             parameters[layer], statistics[layer] = fit_layer(
-                points.pop(layer), thresholds[layer], config
+                points.pop(layer), thresholds[layer], config.for_layer(layer)
             )
             advance()
     return Sidecar(

@@ -126,13 +126,20 @@ def backward(model: PreTrainedModel, tap: KeyValueTap, input_ids: Tensor, scale:
             )
 
 
-def squared_gradients(tap: KeyValueTap, layer_idx: int, scale: LossScale) -> tuple[Tensor, Tensor]:
-    """``F`` of the keys and of the values of one layer, f32 ``[B, H, T, D]``, after ``backward``.
+def layer_gradients(tap: KeyValueTap, layer_idx: int, scale: LossScale) -> tuple[Tensor, Tensor]:
+    """Gradients of the loss at one layer's keys and values, f32 ``[B, H, T, D]``.
 
-    One layer at a time: those of all layers in f32 would be the largest thing in memory.
+    After ``backward``; one layer at a time: those of all layers in f32 would be the largest thing
+    in memory.
     """
     key, value = _gradients(tap, layer_idx)
-    return (key.float() / scale.value).square(), (value.float() / scale.value).square()
+    return key.float() / scale.value, value.float() / scale.value
+
+
+def squared_gradients(tap: KeyValueTap, layer_idx: int, scale: LossScale) -> tuple[Tensor, Tensor]:
+    """``F`` of one layer's keys and values, f32 ``[B, H, T, D]``, after ``backward``."""
+    key, value = layer_gradients(tap, layer_idx, scale)
+    return key.square(), value.square()
 
 
 def _gradients(tap: KeyValueTap, layer_idx: int) -> tuple[Tensor, Tensor]:

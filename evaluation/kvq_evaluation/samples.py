@@ -14,7 +14,7 @@ from kvq_calibration.sensitivity import (
     LossScale,
     activation_gradients,
     backward,
-    squared_gradients,
+    layer_gradients,
 )
 from kvq_formats.errors import DataError
 from kvq_runtime.models import quantized_layers
@@ -77,19 +77,22 @@ def collect_samples(
     tap = _SampleTap(layers=layers)
     parts: dict[int, list[LayerSamples]] = {layer: [] for layer in layers}
 
-    def take(layer: int, squared: tuple[Tensor, Tensor] | None) -> None:
+    def take(layer: int, gradients: tuple[Tensor, Tensor] | None) -> None:
         def rows(x: Tensor, what: str) -> Tensor:
             kept = token_rows(x, sink_tokens=sink_tokens)[::stride]
             return finite(kept, layer_idx=layer, what=what).cpu()
 
+        squares: list[Tensor | None] = [None, None]
+        if gradients is not None:
+            squares = [rows(gradient, "gradients").square() for gradient in gradients]
         parts[layer].append(
             LayerSamples(
                 keys=rows(tap.keys[layer].numbers(), "keys"),
                 rotated_keys=rows(tap.rotated_keys[layer], "keys"),
                 values=rows(tap.values[layer], "values"),
                 queries=rows(tap.queries[layer], "queries"),
-                key_sensitivity=None if squared is None else rows(squared[0], "gradients"),
-                value_sensitivity=None if squared is None else rows(squared[1], "gradients"),
+                key_sensitivity=squares[0],
+                value_sensitivity=squares[1],
             )
         )
 
@@ -100,7 +103,7 @@ def collect_samples(
                 for window in windows.split(1):
                     backward(model, tap, window, scale)
                     for layer in layers:
-                        take(layer, squared_gradients(tap, layer, scale))
+                        take(layer, layer_gradients(tap, layer, scale))
         else:
             for window in windows.split(1):
                 tap.start()

@@ -6,7 +6,7 @@ very code that allocates them for use, and their bytes are counted.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.pages import KeyPages, ValuePages, allocated_bytes
@@ -22,6 +22,8 @@ POSITION_BYTES = 4 + 4
 class EffectiveBits:
     """Bits a cached number, keys and values together, at ``tokens`` tokens of one layer.
 
+    Where layers have different widths: of all layers together, which is the mean of the layers.
+
     Fields:
         codes, scales, outliers, positions: of complete pages; outliers with their counts and
             offsets, positions with the block table.
@@ -30,7 +32,7 @@ class EffectiveBits:
         total: the sum.
         without_unfinished: without the unfinished page's bytes and its tokens; methods are
             compared on it.
-        table_bytes: static tables of the layer, apart: centre, half-range, codebooks.
+        table_bytes: static tables of a layer, apart: centre, half-range, codebooks.
     """
 
     tokens: int
@@ -55,12 +57,30 @@ class EffectiveBits:
 def effective_bits(
     config: KVQConfig, *, num_kv_heads: int, head_dim: int, tokens: int
 ) -> EffectiveBits:
-    """Effective bits of one layer's cache that holds ``tokens`` tokens of one row.
+    """Effective bits of a layer's cache that holds ``tokens`` tokens of one row.
+
+    With ``config.layer_bits``: of those layers together, every one counted with its own widths.
 
     A page is complete when all its tokens are older than ``recent_tokens``; until then they are
     held in the model's dtype, in a page that is allocated whole.
     """
-    H, D = num_kv_heads, head_dim
+    counts = config.layer_counts()
+    layers = [
+        (_of_one_layer(layer, num_kv_heads, head_dim, tokens), count)
+        for layer, count in counts.items()
+    ]
+    if len(layers) == 1:
+        return layers[0][0]
+    total = sum(counts.values())
+    mean = {
+        field.name: sum(getattr(bits, field.name) * count for bits, count in layers) / total
+        for field in fields(EffectiveBits)
+    }
+    whole = {name: round(mean.pop(name)) for name in ("tokens", "table_bytes")}
+    return EffectiveBits(**mean, **whole)
+
+
+def _of_one_layer(config: KVQConfig, H: int, D: int, tokens: int) -> EffectiveBits:
     sinks = min(config.sink_tokens, tokens)
     recent = min(config.recent_tokens, tokens - sinks)
     pages = (tokens - sinks - recent) // PAGE_TOKENS

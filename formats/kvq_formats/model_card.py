@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+from kvq_formats.config import KVQConfig, widths_in_words
 from kvq_formats.records import EMBEDDED_MODEL_ID
 from kvq_formats.sidecar_header import CONFIG_FILE, TENSORS_FILE, SidecarHeader
 
@@ -24,8 +25,8 @@ A *sidecar* for `kvq`. It holds no weights: with it, the key/value cache of {mod
 |---|---|
 | base model | {model}{revision} |
 | shape | {shape} |
-| keys | {key_bits} bits, per channel, before RoPE |
-| values | {value_bits} bits, scaled per {value_grain} |
+| keys | {key_bits}, per channel, before RoPE |
+| values | {value_bits}, scaled per {value_grain} |
 | outliers | {outliers} |
 | kept unquantized | {kept} |
 | calibrated on | {calibration} |
@@ -81,17 +82,17 @@ def model_card(header: SidecarHeader) -> str:
         described, argument = f"the local model `{name}`", "MODEL"
         source = json.dumps(f"path/to/{name}")
     text = header.calibration
-    widths = sorted({config.key_bits, config.value_bits})
+    key_bits, value_bits = config.bits_in_words()
     fraction = config.outlier_fraction
     return TEMPLATE.format(
         front_matter=_front_matter(model.id if on_hub else None),
         name=name,
-        bits="-".join(map(str, widths)) + " bits",
+        bits=_bits(config),
         model=described,
         revision=f" at commit `{model.revision}`" if model.revision else "",
         shape=model.fingerprint.summary,
-        key_bits=config.key_bits,
-        value_bits=config.value_bits,
+        key_bits=key_bits,
+        value_bits=value_bits,
         value_grain="token" if config.value_grain == "token" else "token and head",
         outliers=f"{100 * fraction:g} % kept apart in 16 bits" if fraction else "none kept apart",
         kept=f"{config.sink_tokens} sink tokens, {config.recent_tokens} recent tokens",
@@ -108,6 +109,13 @@ def model_card(header: SidecarHeader) -> str:
         model_argument=argument,
         model_source=source,
     )
+
+
+def _bits(config: KVQConfig) -> str:
+    """Widths of keys and values together."""
+    if config.layer_bits:
+        return widths_in_words([bits for layer in config.layer_bits.values() for bits in layer])
+    return "-".join(map(str, sorted({config.key_bits, config.value_bits}))) + " bits"
 
 
 def _front_matter(base_model: str | None) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvq_formats import outliers, packing
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
+from kvq_formats.feedback import shape_errors
 from kvq_formats.parameters import KeyParameters, ValueParameters
 
 HALF_LARGEST = torch.finfo(torch.float16).max
@@ -134,7 +135,8 @@ def encode_keys(
     """Quantize the keys of one row after its sinks, f32 ``[H, T, D]`` before RoPE.
 
     Entries with ``|z| > 1`` are outliers (KVQuant, section 3.4); a page keeps those with the
-    largest residuals in the units of the keys.
+    largest residuals in the units of the keys. With error feedback z is the target that
+    ``feedback.shape_errors`` makes of it.
     """
     H, _, D = keys.shape
     x, lengths = _paged(keys)
@@ -142,6 +144,9 @@ def encode_keys(
     capacity = outliers.key_pool_capacity(config, D)
     half_range = parameters.half_range.to(x.device)[:, None, :]
     z = (x - parameters.center.to(x.device)[:, None, :]) / half_range
+    if parameters.feedback is not None:
+        none = None if capacity else torch.zeros((), dtype=torch.bool, device=x.device)
+        z = shape_errors(z, parameters.codebook, parameters.feedback, is_outlier=none)
     codes = parameters.codebook.encode(z)
     tokens = torch.arange(PAGE_TOKENS, device=x.device)
     valid = tokens < lengths[:, None]
@@ -211,7 +216,11 @@ def value_thresholds(vectors: Tensor, *, outliers_per_side: int) -> tuple[Tensor
 
 
 def encode_values(values: Tensor, parameters: ValueParameters, config: KVQConfig) -> ValuePages:
-    """Quantize the values of one row after its sinks, f32 ``[H, T, D]``."""
+    """Quantize the values of one row after its sinks, f32 ``[H, T, D]``.
+
+    Scales and outliers are those of the values as they are; with error feedback codes and residuals
+    are of the targets that ``feedback.shape_errors`` makes of them.
+    """
     H, _, D = values.shape
     x, lengths = _paged(values)
     P = len(lengths)
@@ -223,6 +232,8 @@ def encode_values(values: Tensor, parameters: ValueParameters, config: KVQConfig
     if shared:
         is_outlier = is_outlier.reshape(P, PAGE_TOKENS, H, D).transpose(1, 2)
     z = (x - center.float()) / half_range.float()
+    if parameters.feedback is not None:
+        z = shape_errors(z, parameters.codebook, parameters.feedback, is_outlier=is_outlier)
     valid = (torch.arange(PAGE_TOKENS, device=x.device) < lengths[:, None])[:, None, :, None]
     codes = parameters.codebook.encode(z) * valid
     pages = ValuePages.allocate(config, num_pages=P, num_kv_heads=H, head_dim=D, device=x.device)

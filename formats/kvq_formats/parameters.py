@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kvq_formats.codebook import Codebook
+    from kvq_formats.feedback import Feedback
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class KeyParameters:
         center, half_range: f32 ``[H, D]``, in the units of the keys; half_range > 0.
         codebook: one for the layer.
         outlier_step: step of a stored residual, in units of the channel's half_range.
+        feedback: how rounding errors travel between channels; None: each is rounded by itself.
     """
 
     center: Tensor
     half_range: Tensor
     codebook: Codebook
     outlier_step: float
+    feedback: Feedback | None = None
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,12 @@ class ValueParameters:
     Fields:
         codebook: one for the layer.
         outlier_step: step of a stored residual, in units of the token's half_range.
+        feedback: as for keys.
     """
 
     codebook: Codebook
     outlier_step: float
+    feedback: Feedback | None = None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Sidecar:
     """What calibration learned of a model.
 
     Fields:
-        config: the options that it was made with.
+        config: the options that it was made with; one layer's widths are ``config.for_layer``.
         base_model: the model that was measured.
         calibration: the text that it was measured on.
         layers: parameters by layer_idx; a layer that is not here keeps its own cache.

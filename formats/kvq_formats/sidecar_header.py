@@ -78,6 +78,10 @@ class SidecarHeader(BaseModel):
         unknown = sorted(set(document) - {*cls.model_fields, HASH_FIELD})
         if unknown:
             logger.warning("%s: ignoring keys unknown to this version: %s", file, unknown)
+        config = document.get("config")
+        if isinstance(config, dict):
+            # Files from before there was error feedback.
+            config.setdefault("error_feedback", False)
         try:
             return cls.model_validate({k: document[k] for k in cls.model_fields if k in document})
         except ValidationError as error:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvq_formats.codebook import Codebook
 from kvq_formats.config import KVQConfig
+from kvq_formats.feedback import Feedback
 from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.parameters import KeyParameters, LayerParameters, ValueParameters
 
@@ -24,32 +25,43 @@ CODEBOOK_TENSORS = (
     "qnorm_shift",
 )
 
+FEEDBACK_TENSORS = ("feedback_order", "feedback_gains")
+"""Optional: without them each number is rounded by itself."""
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int16: "I16", torch.uint8: "U8"}
+"""safetensors' words."""
+
 
 class DamagedTensorsError(ValueError):
     """Tensors that no calibration can have written; the text says which and why."""
 
 
 def layer_tensors(layers: Mapping[int, LayerParameters]) -> dict[str, Tensor]:
-    """Named tensors of format 1, contiguous, on the CPU: f32, but u8 for ``codebook_levels``."""
+    """Named tensors of format 1, contiguous, on the CPU.
+
+    f32, but u8 for ``codebook_levels``, i16 for ``feedback_order`` and f16 for ``feedback_gains``.
+    """
     tensors: dict[str, Tensor] = {}
     for layer_idx, layer in sorted(layers.items()):
         key = f"layers.{layer_idx}.key."
         tensors[key + "center"] = _f32(layer.key.center)
         tensors[key + "half_range"] = _f32(layer.key.half_range)
         _add_codebook(tensors, key, layer.key.codebook, layer.key.outlier_step)
+        _add_feedback(tensors, key, layer.key.feedback)
         value = f"layers.{layer_idx}.value."
         _add_codebook(tensors, value, layer.value.codebook, layer.value.outlier_step)
+        _add_feedback(tensors, value, layer.value.feedback)
     return tensors
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Hash over the tensors by name: a line ``name dtype [shape]``, then the bytes.
 
-    The dtype is safetensors' word (F32, U8), the shape is written as JSON without spaces.
+    The dtype is safetensors' word (F32, F16, I16, U8), the shape is written as JSON without spaces.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        dtype = "U8" if tensor.dtype == torch.uint8 else "F32"
+        dtype = DTYPES[tensor.dtype]
         shape = ",".join(str(size) for size in tensor.shape)
         digest.update(f"{name} {dtype} [{shape}]\n".encode())
         digest.update(tensor.contiguous().numpy().tobytes())
@@ -62,24 +74,32 @@ def layers_from_tensors(
     """Parameters of each layer; raises DamagedTensorsError where they cannot be right.
 
     Checked: names (all of a layer, none besides), dtypes, shapes (``[H, D]`` of the fingerprint,
-    ``[N]`` of the widths), finite numbers, ``half_range`` > 0, entries strictly increasing, levels
-    not decreasing, steps > 0.
+    ``[N]`` of the layer's widths), finite numbers, ``half_range`` > 0, entries strictly
+    increasing, levels not decreasing, steps > 0, ``layer_bits`` of these layers, and orders of
+    feedback that name every channel of a head once.
     """
     indices = _layer_indices(tensors, fingerprint)
     H, D = fingerprint.num_kv_heads, fingerprint.head_dim
+    if config.layer_bits and list(config.layer_bits) != indices:
+        raise DamagedTensorsError(
+            f"its layer_bits are of layers {list(config.layer_bits)}, its tensors of {indices}"
+        )
     layers = {}
     for layer_idx in indices:
+        widths = config.for_layer(layer_idx)
         key = f"layers.{layer_idx}.key."
         center = _take(tensors, key + "center", (H, D))
         half_range = _take(tensors, key + "half_range", (H, D))
         if not (half_range > 0).all():
             raise DamagedTensorsError(f"{key}half_range has an entry that is not positive")
-        key_codebook, key_step = _take_codebook(tensors, key, config.key_bits)
+        key_codebook, key_step = _take_codebook(tensors, key, widths.key_bits)
         value = f"layers.{layer_idx}.value."
-        value_codebook, value_step = _take_codebook(tensors, value, config.value_bits)
+        value_codebook, value_step = _take_codebook(tensors, value, widths.value_bits)
         layers[layer_idx] = LayerParameters(
-            key=KeyParameters(center, half_range, key_codebook, key_step),
-            value=ValueParameters(value_codebook, value_step),
+            key=KeyParameters(
+                center, half_range, key_codebook, key_step, _take_feedback(tensors, key, H, D)
+            ),
+            value=ValueParameters(value_codebook, value_step, _take_feedback(tensors, value, H, D)),
         )
     return layers
 
@@ -107,6 +127,23 @@ def _add_codebook(
         tensors[prefix + name] = torch.tensor([number], dtype=torch.float32)
 
 
+def _add_feedback(tensors: dict[str, Tensor], prefix: str, feedback: Feedback | None) -> None:
+    if feedback is not None:
+        order, gains = (tensor.to("cpu", copy=True) for tensor in vars(feedback).values())
+        tensors[prefix + "feedback_order"] = order.to(torch.int16).contiguous()
+        tensors[prefix + "feedback_gains"] = gains.contiguous()
+
+
+def _take_feedback(tensors: Mapping[str, Tensor], prefix: str, H: int, D: int) -> Feedback | None:
+    if prefix + "feedback_order" not in tensors:
+        return None
+    order = _take(tensors, prefix + "feedback_order", (H, D), torch.int16).long()
+    if not torch.equal(order.sort(dim=-1).values, torch.arange(D).expand(H, D)):
+        raise DamagedTensorsError(f"{prefix}feedback_order does not name every channel once")
+    gains = _take(tensors, prefix + "feedback_gains", (H, D * (D - 1) // 2), torch.float16)
+    return Feedback(order, gains)
+
+
 def _layer_indices(tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> list[int]:
     indices = set()
     for name in tensors:
@@ -128,6 +165,10 @@ def _layer_indices(tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> l
             *(f"value.{name}" for name in CODEBOOK_TENSORS),
         )
     }
+    for prefix in [f"layers.{i}.{what}." for i in indices for what in ("key", "value")]:
+        optional = {prefix + name for name in FEEDBACK_TENSORS}
+        if optional & set(tensors):
+            expected |= optional
     if missing := sorted(expected - set(tensors)):
         raise DamagedTensorsError(f"its tensor {missing[0]} is missing")
     if unknown := sorted(set(tensors) - expected):

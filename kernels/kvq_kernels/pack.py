@@ -1,9 +1,9 @@
 """Complete pages quantized and packed on the device by Triton kernels.
 
 Gives the bytes that ``kvq_formats.pages.encode_keys`` and ``encode_values`` give, without waiting
-for the device. Keys take two launches and values three, because no thread reads what another wrote
-in the same launch: scales of values (``value_scales``), codes and outlier candidates
-(``pack_codes``), pools (``select_outliers``).
+for the device. Keys take three launches and values four, because no thread reads what another wrote
+in the same launch: scales of values (``value_scales``), targets of error feedback
+(``shape_kernel``), codes and outlier candidates (``pack_codes``), pools (``select_outliers``).
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from kvq_formats import outliers
 from kvq_formats.codebook import Codebook
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.errors import ConfigError
+from kvq_formats.feedback import Feedback
 from kvq_formats.pages import KeyPages, ValuePages, allocated_bytes
 from kvq_formats.parameters import KeyParameters, ValueParameters
 from kvq_kernels.launch import current
 from kvq_kernels.pack_codes import pack_key_codes, pack_value_codes
 from kvq_kernels.select_outliers import CHUNK, select_outliers
+from kvq_kernels.shape_kernel import SHAPE_ENTRIES, SHAPE_WARPS, shape_errors
 from kvq_kernels.value_scales import value_scales
 
 SCRATCH_BYTES = 64 * 2**20
@@ -32,6 +34,9 @@ SCRATCH_BYTES = 64 * 2**20
 
 CANDIDATE_BYTES = 6
 """A magnitude f32 and an entry i16, for every number."""
+
+TARGET_BYTES = 4
+"""A target f32 of error feedback, for every number."""
 
 CHANNELS = 32
 """Channels that a program packs: with 16 rows 4 numbers a thread, which fit its registers with all
@@ -54,16 +59,71 @@ Pages = TypeVar("Pages", KeyPages, ValuePages)
 
 
 class _Tables:
-    """A codebook on the device."""
+    """A codebook on the device, and what error feedback needs."""
 
-    def __init__(self, codebook: Codebook, *, bits: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        codebook: Codebook,
+        feedback: Feedback | None,
+        *,
+        bits: int,
+        device: torch.device | str,
+    ) -> None:
         if bits != codebook.bits:
             raise ConfigError(
                 f"codes of {bits} bits cannot be chosen with a codebook of {codebook.bits} bits.",
                 hint=f"calibrate the model again: kvq calibrate MODEL --bits {bits}",
             )
+        self.bits = bits
         self.midpoints = codebook.midpoints.to(device)
         self.decode_entries = codebook.decode_entries.to(device)
+        self.order = self.gains = None
+        if feedback is not None:
+            self.order = feedback.order.to(device, torch.int16).contiguous()
+            self.gains = feedback.gains.to(device).contiguous()
+
+    def shape(
+        self,
+        numbers: Tensor,
+        P: int,
+        *,
+        of_keys: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+        of_values: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+        sharing: int = 1,
+        has_outliers: bool,
+    ) -> Tensor | None:
+        """Targets f32 ``[H, P * 256, D]`` of the first P pages of numbers; None without feedback.
+
+        ``of_keys`` are centre and half-range, ``of_values`` what ``value_scales`` wrote.
+        """
+        if self.order is None:
+            return None
+        H, _, D = numbers.shape
+        width = int(triton.next_power_of_2(D))
+        tokens = SHAPE_ENTRIES // width
+        shaped = torch.empty(H, P * PAGE_TOKENS, D, dtype=torch.float32, device=numbers.device)
+        shape_errors[(P * H, PAGE_TOKENS // tokens)](
+            numbers,
+            *of_keys,
+            *of_values,
+            self.midpoints,
+            self.decode_entries,
+            self.order,
+            self.gains,
+            shaped,
+            *numbers.stride()[:2],
+            H=H,
+            D=D,
+            SHARING=sharing,
+            BITS=self.bits,
+            KEYS=of_keys[0] is not None,
+            OUTLIERS=has_outliers,
+            TOKENS=tokens,
+            WIDTH=width,
+            num_warps=SHAPE_WARPS,
+            enable_fp_fusion=False,
+        )
+        return shaped
 
 
 class KeyPacker:
@@ -76,7 +136,9 @@ class KeyPacker:
 
         Raises ConfigError where the codebook has another width than ``config``.
         """
-        self._tables = _Tables(parameters.codebook, bits=config.key_bits, device=device)
+        self._tables = _Tables(
+            parameters.codebook, parameters.feedback, bits=config.key_bits, device=device
+        )
         self._center = parameters.center.float().contiguous().to(device)
         self._half_range = parameters.half_range.float().contiguous().to(device)
         self._outlier_step = parameters.outlier_step
@@ -96,16 +158,23 @@ class KeyPacker:
         scratch = _candidates(P, H, D, device=keys.device) if has_outliers else (None, None)
         with current(keys.device):
             for first, last in _blocks(P, H, D):
+                of_page = keys[:, first * PAGE_TOKENS :]
+                shaped = self._tables.shape(
+                    of_page,
+                    last - first,
+                    of_keys=(self._center, self._half_range),
+                    has_outliers=has_outliers,
+                )
+                of_page = of_page if shaped is None else shaped
                 pack_key_codes[_code_grid(last - first, H, D)](
-                    keys[:, first * PAGE_TOKENS :],
+                    of_page,
                     self._center,
                     self._half_range,
                     self._tables.midpoints,
                     self._tables.decode_entries,
                     pages.words[first:last].view(torch.int32),
                     *scratch,
-                    keys.stride(0),
-                    keys.stride(1),
+                    *of_page.stride()[:2],
                     self._outlier_step,
                     H=H,
                     D=D,
@@ -113,6 +182,7 @@ class KeyPacker:
                     INDEX_BITS=outliers.channel_bits(D),
                     CHANNELS=_channels(D),
                     OUTLIERS=has_outliers,
+                    SHAPED=shaped is not None,
                     num_warps=CODE_WARPS,
                 )
                 if has_outliers:
@@ -135,7 +205,9 @@ class ValuePacker:
 
         Raises ConfigError where the codebook has another width than ``config``.
         """
-        self._tables = _Tables(parameters.codebook, bits=config.value_bits, device=device)
+        self._tables = _Tables(
+            parameters.codebook, parameters.feedback, bits=config.value_bits, device=device
+        )
         self._outlier_step = parameters.outlier_step
         self._config = config
 
@@ -176,6 +248,13 @@ class ValuePacker:
                     LOW_BIT=LOW_BITS[values.dtype],
                     num_warps=max(1, min(SCALE_WARPS, (tokens << place_bits) // SCALE_TILE)),
                 )
+                shaped = self._tables.shape(
+                    of_page,
+                    last - first,
+                    of_values=(scales, bounds, places),
+                    sharing=sharing,
+                    has_outliers=has_outliers,
+                )
                 pack_value_codes[_code_grid(last - first, H, D)](
                     of_page,
                     scales,
@@ -185,6 +264,7 @@ class ValuePacker:
                     self._tables.decode_entries,
                     pages.words[first:last].view(torch.int32),
                     *scratch,
+                    shaped,
                     *strides,
                     self._outlier_step,
                     H=H,
@@ -194,6 +274,7 @@ class ValuePacker:
                     INDEX_BITS=outliers.TOKEN_BITS,
                     CHANNELS=_channels(D),
                     OUTLIERS=has_outliers,
+                    SHAPED=shaped is not None,
                     num_warps=CODE_WARPS,
                 )
                 if has_outliers:
@@ -226,8 +307,8 @@ def _uninitialised(
 def scratch_bytes(config: KVQConfig, *, num_pages: int, num_kv_heads: int, head_dim: int) -> int:
     """Bytes that packing ``num_pages`` pages holds at its worst moment, the pages included.
 
-    Keys and values come one after the other: the pages of both, candidates of one, and of each
-    value scale its outliers' bounds, twice a number and a place.
+    Keys and values come one after the other: the pages of both, targets and candidates of one, and
+    of each value scale its outliers' bounds, twice a number and a place.
     """
     sizes: dict[str, Any] = {
         "num_pages": num_pages,
@@ -239,11 +320,16 @@ def scratch_bytes(config: KVQConfig, *, num_pages: int, num_kv_heads: int, head_
         sum(allocated_bytes(kind.allocate(config, **sizes)).values())
         for kind in (KeyPages, ValuePages)
     )
-    if config.outlier_fraction == 0 or num_pages == 0:
+    if num_pages == 0:
         return packed
-    numbers = _block_pages(num_pages, num_kv_heads, head_dim) * PAGE_TOKENS
+    tokens = _block_pages(num_pages, num_kv_heads, head_dim) * PAGE_TOKENS
+    numbers = tokens * num_kv_heads * head_dim
+    if config.error_feedback:
+        packed += numbers * TARGET_BYTES
+    if config.outlier_fraction == 0:
+        return packed
     scales = 1 if config.value_grain == "token" else num_kv_heads
-    return packed + numbers * (num_kv_heads * head_dim * CANDIDATE_BYTES + 16 * scales)
+    return packed + numbers * CANDIDATE_BYTES + 16 * tokens * scales
 
 
 def _blocks(P: int, H: int, D: int) -> Iterator[tuple[int, int]]:

@@ -85,11 +85,13 @@ def pack_key_codes(
     INDEX_BITS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTLIERS: tl.constexpr,
+    SHAPED: tl.constexpr,
 ):
     """Codes of keys ``[H, P * 256, D]``. Grid: ``(P * H, blocks of CHANNELS)``.
 
     Args:
-        keys: any float dtype, its last axis contiguous.
+        keys: any float dtype, its last axis contiguous; with SHAPED their targets f32
+            (``shape_kernel.shape_errors``), which are normalised already.
         center, half_range: f32 ``[H, D]``.
         midpoints, decode_entries: f32 ``[N - 1]`` and ``[N]``.
         words: out, i32 ``[P, H, bits, 16, D / 2]``.
@@ -120,7 +122,7 @@ def pack_key_codes(
         for subset in range(SUBSETS):
             token = (group * SUBSETS + subset) * ROWS + row
             x = tl.load(keys + token * stride_token + channel, mask=inside, other=0.0)
-            z = tl.div_rn(x.to(tl.float32) - middle, scale)
+            z = x if SHAPED else tl.div_rn(x.to(tl.float32) - middle, scale)
             code = _code(z, midpoints, BITS)
             packed |= _placed(code, subset, BITS)
             if OUTLIERS:
@@ -148,6 +150,7 @@ def pack_value_codes(
     words,
     magnitudes,
     entries,
+    shaped,
     stride_head,
     stride_token,
     outlier_step,
@@ -158,6 +161,7 @@ def pack_value_codes(
     INDEX_BITS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTLIERS: tl.constexpr,
+    SHAPED: tl.constexpr,
 ):
     """Codes of values ``[H, P * 256, D]``. Grid: ``(P * H, blocks of CHANNELS)``.
 
@@ -167,6 +171,8 @@ def pack_value_codes(
         midpoints, decode_entries: f32 ``[N - 1]`` and ``[N]``.
         words: out, i32 ``[P, H, bits, D, 8]``.
         magnitudes, entries: out, f32 and i16 ``[P, H, D, 256]``; not touched without OUTLIERS.
+        shaped: with SHAPED the values' targets f32 ``[H, P * 256, D]``
+            (``shape_kernel.shape_errors``).
         SHARING: heads that share a scale.
     """
     pool = tl.program_id(0).to(tl.int64)
@@ -177,6 +183,8 @@ def pack_value_codes(
     place = (head % SHARING).to(tl.int32) * D + channel
     inside = channel < D
     values += head * stride_head + page * PAGE * stride_token
+    if SHAPED:
+        shaped += (head * (tl.num_programs(0) // H) + page) * (PAGE * D)
     of_token = (page * (H // SHARING) + head // SHARING) * (PAGE * 2)
     scales += of_token
     words += pool * (BITS * D * ROWS // 2)
@@ -197,7 +205,10 @@ def pack_value_codes(
             x = tl.load(values + token * stride_token + channel, mask=inside, other=0.0)
             x = x.to(tl.float32)
             scale = tl.load(scales + 2 * token).to(tl.float32)
-            z = tl.div_rn(x - tl.load(scales + 2 * token + 1).to(tl.float32), scale)
+            if SHAPED:
+                z = tl.load(shaped + token * D + channel, mask=inside, other=0.0)
+            else:
+                z = tl.div_rn(x - tl.load(scales + 2 * token + 1).to(tl.float32), scale)
             code = _code(z, midpoints, BITS)
             packed |= _placed(code, subset, BITS)
             if OUTLIERS:

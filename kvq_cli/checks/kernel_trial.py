@@ -79,9 +79,10 @@ def _pack_differs(sidecar: Sidecar, device: torch.device) -> str | None:
 
     from kvq_runtime.page_codec import SidecarPageCodec
 
-    first = next(iter(sidecar.layers.values()))
+    layer_idx, first = next(iter(sidecar.layers.items()))
+    config = sidecar.config.for_layer(layer_idx)
     on_host, on_device = (
-        SidecarPageCodec(first, sidecar.config, None, device=place) for place in ("cpu", device)
+        SidecarPageCodec(first, config, None, device=place) for place in ("cpu", device)
     )
     shape = (on_host.num_kv_heads, 2 * 256, on_host.head_dim)
     generator = torch.Generator().manual_seed(0)

@@ -36,13 +36,14 @@ def stand_in(
     from kvq_formats.sidecar import Sidecar
 
     shape = (record.fingerprint.num_kv_heads, record.fingerprint.head_dim)
-    key = KeyParameters(
-        center=torch.zeros(shape),
-        half_range=torch.full(shape, HALF_RANGE),
-        codebook=_grid(config.key_bits),
-        outlier_step=0.02,
-    )
-    layer = LayerParameters(key, ValueParameters(_grid(config.value_bits), 0.02))
+    center, half_range = torch.zeros(shape), torch.full(shape, HALF_RANGE)
+    made = {
+        layer: LayerParameters(
+            KeyParameters(center, half_range, _grid(layer.key_bits), outlier_step=0.02),
+            ValueParameters(_grid(layer.value_bits), outlier_step=0.02),
+        )
+        for layer in config.layer_counts()
+    }
     whole = (0, record.fingerprint.head_dim)
     return Sidecar(
         config=config,
@@ -50,7 +51,7 @@ def stand_in(
         calibration=CalibrationRecord(
             dataset="none", revision=None, num_samples=1, seq_len=8, seed=0, token_sha256="0" * 64
         ),
-        layers=dict.fromkeys(channels, layer),
+        layers={index: made[config.for_layer(index)] for index in channels},
         statistics=dict.fromkeys(channels, LayerStatistics(0.0, 0.0, 0.0, 0.0)),
         rotary_channels={index: found for index, found in channels.items() if found != whole},
     )

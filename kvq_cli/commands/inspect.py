@@ -72,6 +72,7 @@ def inspect(
     rows = [
         (
             str(layer["layer_idx"]),
+            f"{layer['key_bits']}/{layer['value_bits']}",
             f"{layer['key_error']:.5f}",
             f"{layer['value_error']:.5f}",
             f"{100 * layer['key_outlier_share']:.2f} %",
@@ -83,26 +84,31 @@ def inspect(
         payload,
         facts([("sidecar", path), *_facts(loaded), *bits_facts(bits)]),
         table(
-            ("layer", "key error", "value error", "key outliers", "value outliers"),
+            ("layer", "bits", "key error", "value error", "key outliers", "value outliers"),
             rows,
-            caption="error: share of the weighted mean square that the codebook loses",
+            caption="bits: of keys/of values; error: share of the weighted mean square that the "
+            "codebook loses",
         ),
     )
     output.next(shlex.join(["kvq", "eval", "--sidecar", path, "--ppl", "wikitext2"]))
 
 
 def _layers(sidecar: Sidecar) -> list[dict[str, Any]]:
-    """Statistics of each layer, in order."""
+    """Widths and statistics of each layer, in order."""
     from dataclasses import asdict
 
-    return [
-        {"layer_idx": layer_idx, **asdict(statistics)}
-        for layer_idx, statistics in sorted(sidecar.statistics.items())
-    ]
+    described = []
+    for layer_idx, statistics in sorted(sidecar.statistics.items()):
+        config = sidecar.config.for_layer(layer_idx)
+        widths = {"key_bits": config.key_bits, "value_bits": config.value_bits}
+        described.append({"layer_idx": layer_idx, **widths, **asdict(statistics)})
+    return described
 
 
 def _facts(sidecar: Sidecar) -> list[tuple[str, str]]:
     """What it was made for, and how."""
+    from kvq_cli.bits import codes_in_words
+
     config, model, text = sidecar.config, sidecar.base_model, sidecar.calibration
     shape = model.fingerprint
     revision = f" at {model.revision[:12]}" if model.revision else ""
@@ -119,7 +125,7 @@ def _facts(sidecar: Sidecar) -> list[tuple[str, str]]:
         ),
         (
             "codes",
-            f"keys {config.key_bits} bits, values {config.value_bits} bits, "
+            f"{codes_in_words(config)}, "
             f"{100 * config.outlier_fraction:g} % outliers, one value scale a {config.value_grain}",
         ),
         (

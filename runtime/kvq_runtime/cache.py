@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
 )
 
+from kvq_formats.config import KVQConfig
 from kvq_formats.errors import ConfigError, KVQError
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.decode_step import StepForward
@@ -288,14 +289,15 @@ def cache_bytes(
     codecs = unrotated_codecs(sidecar)
     total = 0
     fingerprint = sidecar.base_model.fingerprint
-    packed: int | None = None
-    for layer in cache_layers(config, codecs, capacity=capacity):
+    packed: dict[KVQConfig, int] = {}
+    for layer_idx, layer in enumerate(cache_layers(config, codecs, capacity=capacity)):
         if isinstance(layer, PackedLayer):
-            if packed is None:
+            widths = codecs[layer_idx].config
+            if widths not in packed:
                 layer.allocate(batch_size, dtype=dtype, device="meta")
-                packed = layer.allocated_bytes
-            # All have one shape, and lists of millions of pages take their time.
-            total += packed
+                packed[widths] = layer.allocated_bytes
+            # Equal widths have one shape, and lists of millions of pages take their time.
+            total += packed[widths]
         elif (window := layer.get_max_length()) > 0:
             tokens = min(capacity, window - 1)
             heads = fingerprint.num_kv_heads * fingerprint.head_dim

@@ -94,7 +94,7 @@ class SidecarPageCodec:
         device: torch.device | str = "cpu",
         workspace: Workspace | None = None,
     ) -> None:
-        """``parameters`` name key channels in rotary channel order.
+        """``parameters`` name key channels in rotary channel order; ``config`` is the layer's.
 
         Without ``rotary`` the codec tells shapes and bytes only.
         """
@@ -188,7 +188,8 @@ def page_codecs(model: PreTrainedModel, sidecar: Sidecar) -> dict[int, PageCodec
     for layer_idx, layer in sidecar.layers.items():
         rotary = rotaries[layer_idx]
         ordered = replace(layer, key=_reordered(layer.key, rotary.order))
-        codecs[layer_idx] = SidecarPageCodec(ordered, sidecar.config, rotary, workspace=workspace)
+        config = sidecar.config.for_layer(layer_idx)
+        codecs[layer_idx] = SidecarPageCodec(ordered, config, rotary, workspace=workspace)
     return codecs
 
 
@@ -205,17 +206,19 @@ def check_kernels(codecs: Mapping[int, PageCodec], shape: Fingerprint) -> None:
         )
 
 
-def unrotated_codecs(sidecar: Sidecar) -> dict[int, PageCodec]:
+def unrotated_codecs(sidecar: Sidecar) -> dict[int, SidecarPageCodec]:
     """Codecs that tell shapes and bytes without a model."""
     return {
-        layer_idx: SidecarPageCodec(layer, sidecar.config, None)
+        layer_idx: SidecarPageCodec(layer, sidecar.config.for_layer(layer_idx), None)
         for layer_idx, layer in sidecar.layers.items()
     }
 
 
 def _reordered(parameters: KeyParameters, order: Tensor) -> KeyParameters:
+    feedback = parameters.feedback
     return replace(
         parameters,
         center=parameters.center[:, order].contiguous(),
         half_range=parameters.half_range[:, order].contiguous(),
+        feedback=feedback and feedback.reordered(order),
     )

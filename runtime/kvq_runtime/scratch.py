@@ -1,8 +1,8 @@
 """Memory that comes and goes while a chunk of tokens passes through a model with a packed cache.
 
-Layers are alike and run one after the other, so that the worst moment of one layer is the worst of
-all: in its MLP, or in its attention, which may have pages to pack first. Counted from the tensors
-that are alive then.
+Layers run one after the other and are alike, but for the widths of their codes, so that the worst
+moment of a layer of the largest widths is the worst of all: in its MLP, or in its attention, which
+may have pages to pack first. Counted from the tensors that are alive then.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def scratch_bytes(
 
     Args:
         facts: the text model's configuration as a dict.
-        config: of the sidecar.
+        config: of the sidecar; where layers differ its widths are the largest, which is enough for
+            each of them.
         context: tokens a row that there is room for; no chunk is longer.
         batch_size: rows.
         chunk: tokens of a row in one forward.

@@ -22,11 +22,11 @@ class SidecarCodec:
     def decoded_keys(self, layer_idx: int, keys: Tensor) -> Tensor:
         """Keys f32 ``[H, T, D]`` before RoPE, through their pages."""
         parameters = self.sidecar.layers[layer_idx].key
-        packed = pages.encode_keys(keys, parameters, self.sidecar.config)
+        packed = pages.encode_keys(keys, parameters, self.sidecar.config.for_layer(layer_idx))
         return pages.decode_keys(packed, parameters, tokens=keys.shape[1])
 
     def decoded_values(self, layer_idx: int, values: Tensor) -> Tensor:
         """Values f32 ``[H, T, D]``, through their pages."""
         parameters = self.sidecar.layers[layer_idx].value
-        packed = pages.encode_values(values, parameters, self.sidecar.config)
+        packed = pages.encode_values(values, parameters, self.sidecar.config.for_layer(layer_idx))
         return pages.decode_values(packed, parameters, tokens=values.shape[1])

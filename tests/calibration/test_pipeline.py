@@ -170,7 +170,7 @@ def test_sinks_do_not_count() -> None:
 
 
 def test_what_is_held_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between batches only histograms are alive, and they have the same size for any text."""
+    """Between batches only histograms and moments are alive, of the same size for any text."""
 
     def held(points: NormalisedPoints) -> int:
         sides = (points.weighted.moments, points.counted.moments)
@@ -181,7 +181,9 @@ def test_what_is_held_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatc
 
     def watched(points: Any, *args: Any) -> None:
         original(points, *args)
-        sizes.setdefault(num, set()).add(held(points[0]) + held(points[1]))
+        moments = (points.key_moments.total, points.value_moments.total)
+        bins = held(points.key) + held(points.value)
+        sizes.setdefault(num, set()).add(bins + sum(moment.nbytes for moment in moments))
 
     monkeypatch.setattr(pipeline, "_add_layer", watched)
     for num in (2, 8):

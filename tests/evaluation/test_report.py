@@ -139,6 +139,29 @@ def test_sidecars_are_measured(tiny_llama: LlamaForCausalLM) -> None:
     assert by_two.effective_bits < by_four.effective_bits < by_four.effective_bits_total
 
 
+def test_layers_of_different_widths_have_the_mean_of_their_bits(
+    tiny_llama: LlamaForCausalLM,
+) -> None:
+    four, two = make_sidecar(tiny_llama, bits=4), make_sidecar(tiny_llama, bits=2)
+    mixed = replace(
+        four,
+        config=four.config.with_layer_bits({0: (4, 4), 1: (2, 2)}),
+        layers={0: four.layers[0], 1: two.layers[1]},
+    )
+    ends = zip(sidecar_bits(four, tokens=1024), sidecar_bits(two, tokens=1024), strict=True)
+    means = [(high + low) / 2 for high, low in ends]
+    assert sidecar_bits(mixed, tokens=1024) == pytest.approx(means)
+    rows = evaluate_sidecars(
+        tiny_llama,
+        random_windows(1, 600, seed=4),
+        {"four": four, "mixed": mixed, "two": two},
+        dataset="random",
+    )
+    by_four, by_both, by_two = (row.kl for row in rows[1:])
+    assert by_four < by_both < by_two
+    assert (rows[2].effective_bits, rows[2].effective_bits_total) == sidecar_bits(mixed, tokens=600)
+
+
 def test_sidecars_are_measured_by_decoding(tiny_llama: LlamaForCausalLM) -> None:
     three = make_sidecar(tiny_llama, bits=3)
     sidecars = {"three": three, "garbage": with_garbage_codebooks(three)}

@@ -60,3 +60,27 @@ def test_short_texts_have_finite_bits(tokens: int) -> None:
     found = effective_bits(KVQConfig(), num_kv_heads=2, head_dim=64, tokens=tokens)
     assert torch.isfinite(torch.tensor(found.total))
     assert found.codes == 0 if tokens < 257 else found.codes > 0
+
+
+def test_layers_of_different_widths_count_each_by_its_own() -> None:
+    config = KVQConfig(outlier_fraction=0.0, sink_tokens=0)
+    config = config.with_layer_bits({0: (2, 2), 3: (2, 2), 5: (4, 3)})
+    # Ten pages, and nothing beside them, of 2 x 2 x 64 numbers a token.
+    found = effective_bits(config, num_kv_heads=2, head_dim=64, tokens=256 * 10)
+    # A key and a value: (2 + 2) / 2 bits twice, (4 + 3) / 2 once.
+    assert found.codes == pytest.approx((2 + 2 + 3.5) / 3)
+    assert found.key_bits == pytest.approx((2 + 2 + 4) / 3)
+    # A token's 128 values share 32 bits.
+    assert found.value_bits == pytest.approx((2 + 2 + 3) / 3 + 0.25)
+    # Beside codes: half of those 32 bits a number, and 8 bytes a page of 65,536 numbers.
+    assert found.without_unfinished == pytest.approx(2.5 + 0.125 + 64 / 65_536)
+    assert found.tokens == 2560
+    # 1,024 bytes, and 5 an entry of codebooks: of 4 + 4 entries twice, of 16 + 8 once.
+    assert found.table_bytes == round((1064 + 1064 + 1144) / 3)
+
+
+def test_layers_of_one_width_count_as_one() -> None:
+    alike = KVQConfig(key_bits=3, value_bits=2)
+    named = alike.with_layer_bits(dict.fromkeys(range(7), (3, 2)))
+    sizes = {"num_kv_heads": 2, "head_dim": 64, "tokens": 1000}
+    assert effective_bits(named, **sizes) == effective_bits(alike, **sizes)

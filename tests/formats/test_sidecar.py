@@ -87,6 +87,17 @@ def make_sidecar(*, key_bits: int = 3, value_bits: int = 2, model_id: str = "org
     )
 
 
+def make_mixed() -> Sidecar:
+    """Ten layers of 3 and 2 bits, and layer 4 of 2 and 4."""
+    sidecar, other = make_sidecar(), make_sidecar(key_bits=2, value_bits=4)
+    widths = {i: (2, 4) if i == 4 else (3, 2) for i in sidecar.layers}
+    return replace(
+        sidecar,
+        config=sidecar.config.with_layer_bits(widths),
+        layers={**sidecar.layers, 4: other.layers[4]},
+    )
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
@@ -210,6 +221,57 @@ def test_peek_reads_all_but_the_tensors(saved: Path, monkeypatch: pytest.MonkeyP
     assert header.base_model == make_sidecar().base_model
     assert header.statistics[10].key_error == 10.1
     assert header.effective_bits["tokens"] == 32768
+
+
+# Layers of different widths
+
+
+def test_widths_of_layers_round_trip(tmp_path: Path) -> None:
+    sidecar = make_mixed()
+    directory = sidecar.save(tmp_path / "s")
+    loaded = Sidecar.load(directory)
+    assert loaded.config == sidecar.config
+    assert (loaded.layers[4].key.codebook.bits, loaded.layers[4].value.codebook.bits) == (2, 4)
+    assert (loaded.layers[5].key.codebook.bits, loaded.layers[5].value.codebook.bits) == (3, 2)
+    assert contents(loaded.save(tmp_path / "again")) == contents(directory)
+    document = json.loads((directory / "kvq_config.json").read_text())
+    assert document["config"]["layer_bits"]["4"] == [2, 4]
+    # Tokens and channels of keys: ten layers of 3 and one of 2 bits; of values 2 and 4.
+    codes = (10 * (3 + 2) + (2 + 4)) / 11 / 2
+    paged = 127 * 256
+    assert document["effective_bits"]["codes"] == pytest.approx(codes * paged / 32768, abs=1e-6)
+    card = (directory / "README.md").read_text()
+    # Keys 32/11 bits, values 24/11, both 56/22.
+    assert "key/value cache at 2-4 bits (2.545 on average)" in card
+    assert "| keys | 2-3 bits (2.909 on average), per channel" in card
+    assert "| values | 2-4 bits (2.182 on average), scaled" in card
+
+
+def test_layers_that_are_alike_are_not_named(saved: Path) -> None:
+    document = json.loads((saved / "kvq_config.json").read_text())
+    assert "layer_bits" not in document["config"]
+    card = (saved / "README.md").read_text()
+    assert "key/value cache at 2-3 bits\n" in card
+    assert "| keys | 3 bits, per channel" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda bits: bits.pop("10"), r"layer_bits are of layers \[0.*9\], its tensors"),
+        (lambda bits: bits.update({"11": [3, 2]}), r"layer_bits are of layers .*11\], its tensors"),
+        (lambda bits: bits.update({"3": [2, 2]}), r"layers\.3\.key\.codebook is .*\[8\]"),
+        (lambda bits: bits.update({"3": [3, 5]}), r"config\.layer_bits\.3\.1"),
+        (lambda bits: bits.update({"4": [3, 3]}), "value_bits is 4, but the largest"),
+    ],
+)
+def test_widths_of_layers_that_no_calibration_wrote(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    directory = make_mixed().save(tmp_path / "s")
+    rewrite(directory, lambda t, m, document: change(document["config"]["layer_bits"]))
+    with pytest.raises(SidecarError, match=message):
+        Sidecar.load(directory)
 
 
 # Bytes
@@ -530,7 +592,7 @@ def test_grown(saved: Path) -> None:
         Sidecar.load(saved)
 
 
-@pytest.mark.parametrize("place", [-1, -500, -5000])
+@pytest.mark.parametrize("place", [-1, -500, -4000])
 def test_a_flipped_bit(saved: Path, place: int) -> None:
     file = saved / "kvq.safetensors"
     content = bytearray(file.read_bytes())

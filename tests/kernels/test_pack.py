@@ -7,7 +7,7 @@ reciprocal, which now and then rounds to the other side.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from kvq_formats import outliers, pages
 from kvq_formats.codebook import Codebook
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.errors import ConfigError
+from kvq_formats.feedback import Feedback
 from kvq_formats.pages import KeyPages, ValuePages
 from kvq_formats.parameters import KeyParameters, ValueParameters
 from kvq_kernels import pack
@@ -322,3 +323,33 @@ def test_another_width_than_the_codebook_has_is_refused() -> None:
     assert "kvq calibrate" in (refused.value.hint or "")
     with pytest.raises(ConfigError, match=found):
         ValuePacker(value_parameters(4), config(3, "room"), device="cpu")
+
+
+def some_feedback(H: int, D: int, *, seed: int = 11) -> Feedback:
+    """Feedback of heads whose channels hang together."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = torch.randn(H, 4 * D, D, generator=generator, dtype=torch.float64)
+    mixed = gradients @ torch.randn(H, D, D, generator=generator, dtype=torch.float64)
+    return Feedback.fit(mixed.mT @ mixed, damping=0.1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("outliers", ["off", "room", "overflowing"])
+@pytest.mark.parametrize("D", [64, 80])
+def test_error_feedback(bits: int, outliers: str, D: int, device: torch.device) -> None:
+    H = 2
+    config = KVQConfig(key_bits=bits, value_bits=bits, **OUTLIERS[outliers])
+    keys, values = heavy(H, 2, D), heavy(H, 2, D).flip(1)
+    shaped = replace(key_parameters(bits, H, D), feedback=some_feedback(H, D))
+    expected = check_keys(keys, shaped, config, device)
+    plain = pages.encode_keys(keys, key_parameters(bits, H, D), config)
+    assert not torch.equal(expected.words, plain.words)
+    check_values(
+        values, replace(value_parameters(bits), feedback=some_feedback(H, D)), config, device
+    )
+
+
+def test_error_feedback_of_heads_with_scales_of_their_own(device: torch.device) -> None:
+    config = KVQConfig(key_bits=2, value_bits=2, value_grain="head")
+    parameters = replace(value_parameters(2), feedback=some_feedback(3, 64))
+    check_values(heavy(3, 1, 64, dtype=torch.bfloat16), parameters, config, device)

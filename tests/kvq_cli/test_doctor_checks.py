@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvq_cli.checks import environment, kernel_trial, kernels, memory
-from kvq_cli.checks.cache_memory import count_cache
+from kvq_cli.checks.cache_memory import CacheMemory, count_cache
 from kvq_cli.checks.check import Check
 from kvq_cli.checks.layers import ranges
 from kvq_cli.checks.stand_in import stand_in
@@ -136,6 +136,25 @@ def test_another_package_of_the_same_name(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_ranges(numbers: Any, expected: str) -> None:
     assert ranges(tuple(numbers)) == expected
+
+
+def test_layers_of_different_widths_are_counted(tiny_model_dir: Path) -> None:
+    model = resolve_model(tiny_model_dir)
+    channels = {0: (0, 16), 1: (0, 16)}
+    narrow, wide = (2, 2), (4, 4)
+
+    def counted(layer_bits: dict[int, tuple[int, int]]) -> CacheMemory:
+        config = KVQConfig().with_layer_bits(layer_bits)
+        return count_cache(model, stand_in(model.record, config, channels), [], 1024)
+
+    mixed, two, four = (
+        counted({0: first, 1: second})
+        for first, second in ((narrow, wide), (narrow, narrow), (wide, wide))
+    )
+    assert 2 * mixed.packed == two.packed + four.packed
+    assert 2 * mixed.packed_a_token == two.packed_a_token + four.packed_a_token
+    assert 2 * mixed.effective_bits == pytest.approx(two.effective_bits + four.effective_bits)
+    assert two.packed < mixed.packed < four.packed
 
 
 def test_bf16_has_room_for_what_is_left(tiny_model_dir: Path) -> None:

@@ -24,6 +24,7 @@ from kvq_formats.sidecar import Sidecar
 from kvq_runtime import implementation
 from kvq_runtime.memory import MemoryPlan, plan_memory
 from tiny_models import make_text
+from tiny_sidecars import make_sidecar
 
 FEW = ("--max-new-tokens", 12)
 GIVEN = ("-p", "they would go out")
@@ -294,6 +295,20 @@ def test_what_cannot_fit_is_refused_with_what_would(
 
     monkeypatch.setattr("kvq_runtime.models.load_model", loaded)
     assert kvq("generate", *GIVEN, *context.split(), "--json").code == 130
+
+
+def test_layers_of_different_widths(
+    kvq: Kvq, tiny_model_dir: Path, available: Callable[[int], None]
+) -> None:
+    mixed = make_sidecar(layer_bits={0: (2, 4), 1: (4, 3)}).save("mixed")
+    Path("prompt.txt").write_text(make_text(250, seed=3))
+    common = ("generate", tiny_model_dir, "--sidecar", mixed, "--prompt-file", "prompt.txt")
+    ran = kvq(*common, *FEW, "--json")
+    assert ran.code == 0
+    assert ran.json["allocated_bytes"] == ran.json["plan"]["cache_bytes"]
+    assert ran.json["sidecar"]["config"]["layer_bits"] == {"0": [2, 4], "1": [4, 3]}
+    available(1000)
+    assert "kvq calibrate test/tiny --bits 2" in error_of(kvq(*common, "--json"))[1]
 
 
 @pytest.mark.usefixtures("no_weights")

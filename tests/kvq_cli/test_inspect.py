@@ -9,6 +9,7 @@ import pytest
 from command_line import Kvq
 from kvq_cli.output import Output
 from kvq_cli.session import remember
+from tiny_sidecars import make_sidecar
 
 
 def test_inspect_shows_what_it_is_and_what_it_costs(kvq: Kvq, sidecar: Path) -> None:
@@ -33,6 +34,24 @@ def test_json(kvq: Kvq, sidecar: Path) -> None:
     assert bits["table_bytes"] > 0
     assert [layer["layer_idx"] for layer in found["layers"]] == [0, 1]
     assert all(0 < layer["key_error"] < 1 for layer in found["layers"])
+    assert [(layer["key_bits"], layer["value_bits"]) for layer in found["layers"]] == [(3, 3)] * 2
+    assert "layer_bits" not in found["config"]
+
+
+def test_layers_of_different_widths(kvq: Kvq, tmp_path: Path) -> None:
+    path = make_sidecar(layer_bits={0: (2, 4), 1: (3, 2)}).save(tmp_path / "mixed")
+    found = kvq("inspect", path, "--json").json
+    assert [(layer["key_bits"], layer["value_bits"]) for layer in found["layers"]] == [
+        (2, 4),
+        (3, 2),
+    ]
+    assert found["config"]["layer_bits"] == {"0": [2, 4], "1": [3, 2]}
+    # Of a key and a value: (2 + 4) / 2 and (3 + 2) / 2 bits, in 127 of 128 pages.
+    assert found["effective_bits"]["codes"] == pytest.approx(2.75 * 127 / 128, abs=1e-6)
+    shown = kvq("inspect", path).stdout
+    assert "keys 2-3 bits (2.5 on average), values 2-4 bits (3 on average)" in shown
+    rows = [line.split() for line in shown.splitlines()]
+    assert [row[1] for row in rows if row[:1] in (["0"], ["1"])] == ["2/4", "3/2"]
 
 
 def test_without_a_name_the_current_sidecar_is_shown(kvq: Kvq, sidecar: Path) -> None:

@@ -158,10 +158,16 @@ def attached(model: Any, sidecar: Sidecar, **options: Any) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("plain_kernels")
-@pytest.mark.parametrize("sinks", [0, 3])
-def test_replays_are_eager_steps(model: LlamaForCausalLM, sinks: int) -> None:
+@pytest.mark.parametrize(
+    ("sinks", "layer_bits"), [(0, None), (3, None), (3, {0: (2, 4), 1: (4, 3)})]
+)
+def test_replays_are_eager_steps(
+    model: LlamaForCausalLM, sinks: int, layer_bits: dict[int, tuple[int, int]] | None
+) -> None:
     """Over a window and more: every row packs a page, each at another step."""
-    sidecar = make_sidecar(3, model=model, recent_tokens=RECENT, sink_tokens=sinks)
+    sidecar = make_sidecar(
+        3, model=model, recent_tokens=RECENT, sink_tokens=sinks, layer_bits=layer_bits
+    )
     prompt, steps = WINDOW + sinks + 9, WINDOW + 4
     eager, replayed = (Fed(model, sidecar, prompt) for _ in range(2))
     with attached(model, sidecar):
@@ -182,7 +188,9 @@ def test_replays_are_eager_steps(model: LlamaForCausalLM, sinks: int) -> None:
 def test_replays_of_kernels_are_eager_steps(bits: int) -> None:
     """With the kernels themselves, to the other side of a flush."""
     model = make_tiny_llama(num_hidden_layers=2 if ON_GPU else 1).to(DEVICE)
-    sidecar = make_sidecar(bits, model=model)
+    # On a GPU the layers differ, so that all but the widest use a part of what they share.
+    layer_bits = {0: (bits, 2), 1: (4, bits)} if ON_GPU else None
+    sidecar = make_sidecar(bits, model=model, layer_bits=layer_bits)
     # The second row's tail holds one token less than a window.
     eager, replayed = (Fed(model, sidecar, 256) for _ in range(2))
     with attached(model, sidecar):

@@ -56,6 +56,7 @@ def logits(impl: str, *, title: str, rule: Any, steps: int, **options: Any) -> l
 # Layers without RoPE, and keys of which a part is cut out to be rotated, interleaved, and not. The
 # interpreter is slow: there one model, of which one layer rotates its keys and one does not.
 TITLES = ["Llama 3.x", "SmolLM3", "StableLM", "GLM-4"]
+MIXED = {"layer_bits": {0: (2, 4), 1: (4, 3)}}
 
 
 @pytest.mark.parametrize(
@@ -63,9 +64,10 @@ TITLES = ["Llama 3.x", "SmolLM3", "StableLM", "GLM-4"]
     [
         *((title, "runtime", {}) for title in TITLES),
         ("Llama 3.x", "exact-prefill", {"recent_tokens": 5}),
+        ("Llama 3.x", "runtime", MIXED),
     ]
     if ON_GPU
-    else [(title, "runtime", {"recent_tokens": 5}) for title in TITLES[1:2]],
+    else [(title, "runtime", {"recent_tokens": 5, **MIXED}) for title in TITLES[1:2]],
 )
 def test_logits_match_the_reference(
     title: str, rule: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

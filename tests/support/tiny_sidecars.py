@@ -16,6 +16,8 @@ from kvq_runtime.supported_models import quantized_layers, text_config
 from tiny_models import make_tiny_llama
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedModel
 
 
@@ -24,24 +26,37 @@ def make_sidecar(
     *,
     model: PreTrainedModel | None = None,
     half_range: float = 4.0,
+    layer_bits: Mapping[int, tuple[int, int]] | None = None,
     **options: Any,
 ) -> Sidecar:
-    """One for ``model``, the tiny Llama without; wide enough for its activations."""
+    """One for ``model``, the tiny Llama without; wide enough for its activations.
+
+    ``layer_bits``: (key_bits, value_bits) of each layer, in place of ``bits``.
+    """
     config = (make_tiny_llama() if model is None else model).config
     fingerprint = Fingerprint.from_config(text_config(config))
     shape = (fingerprint.num_kv_heads, fingerprint.head_dim)
-    codebook = Codebook.fit_grid(torch.linspace(-0.95, 0.95, 1 << bits))
-    layer = LayerParameters(
-        key=KeyParameters(torch.zeros(shape), torch.full(shape, half_range), codebook, 0.02),
-        value=ValueParameters(codebook, 0.02),
-    )
+    chosen = KVQConfig.create(**{"key_bits": bits, "value_bits": bits, **options})
+    chosen = chosen.with_layer_bits(layer_bits or {})
+    center, wide = torch.zeros(shape), torch.full(shape, half_range)
+    made = {
+        widths: LayerParameters(
+            key=KeyParameters(center, wide, _codebook(widths.key_bits), 0.02),
+            value=ValueParameters(_codebook(widths.value_bits), 0.02),
+        )
+        for widths in chosen.layer_counts()
+    }
     layers = quantized_layers(config)
     return Sidecar(
-        config=KVQConfig.create(**{"key_bits": bits, "value_bits": bits, **options}),
+        config=chosen,
         base_model=BaseModelRecord(id="test/tiny", revision=None, fingerprint=fingerprint),
         calibration=CalibrationRecord(
             dataset="none", revision=None, num_samples=1, seq_len=8, seed=0, token_sha256="0" * 64
         ),
-        layers=dict.fromkeys(layers, layer),
+        layers={i: made[chosen.for_layer(i)] for i in layers},
         statistics={i: LayerStatistics(0.0, 0.0, 0.0, 0.0) for i in layers},
     )
+
+
+def _codebook(bits: int) -> Codebook:
+    return Codebook.fit_grid(torch.linspace(-0.95, 0.95, 1 << bits))
