@@ -29,7 +29,7 @@ TYPES = {
     "value_head_stride": "i32", "value_token_stride": "i32", "queries": "i32", "index": "i32",
     "fresh": "i32", "midpoints": "*fp32", "decode_entries": "*fp32", "magnitudes": "*fp32",
     "entries": "*i16", "stride_head": "i32", "stride_token": "i32", "outlier_step": "fp32",
-    "bounds": "*fp32", "places": "*i32",
+    "bounds": "*fp32", "places": "*i32", "order": "*i16", "gains": "*fp16", "shaped": "*fp32",
     "key_lookup": "*i32", "value_lookup": "*i32", "key_scale": "*i32", "key_zero": "*i32",
     "offset_turns": "*fp16", "key_sums": "*fp32", "key_marks": "*i32", "key_queries": "*fp16",
     "value_sums": "*fp32", "value_step": "fp32", "value_offset": "fp32",

@@ -49,6 +49,7 @@ from kvq_kernels.dequantize_kernels import (
 from kvq_kernels.pack_codes import pack_key_codes, pack_value_codes
 from kvq_kernels.prefill_block import attend_block
 from kvq_kernels.select_outliers import select_outliers
+from kvq_kernels.shape_kernel import SHAPE_ENTRIES, SHAPE_WARPS, shape_errors
 from kvq_kernels.value_scales import value_scales
 
 
@@ -119,14 +120,24 @@ def measure_dequantize(shape: Shape, target: Target) -> Measured:
 
 
 def measure_pack(shape: Shape, target: Target) -> Measured:
-    """What packs a page: scales, codes, pools."""
+    """What packs a page: scales, targets of error feedback, codes, pools."""
     D = shape.head_dim
-    codes_of = {"H": 8, "D": D, "CHANNELS": pack.CHANNELS, "OUTLIERS": True}
-    bf16 = {"keys": "*bf16", "values": "*bf16", "center": "*fp32"}
+    codes_of = {"H": 8, "D": D, "CHANNELS": pack.CHANNELS, "OUTLIERS": True, "SHAPED": True}
+    bf16 = {"numbers": "*bf16", "keys": "*bf16", "values": "*bf16", "center": "*fp32"}
     both: dict[str, Any] = {"target": target, "types": bf16}
     width = next_power_of_2(D)
     chunk = {"CAPACITY": 400, "CHUNK": pack.CHUNK}
+    shape_of = {"H": 8, "D": D, "SHARING": 8, "OUTLIERS": True, "WIDTH": width,
+                "TOKENS": SHAPE_ENTRIES // width}  # fmt: skip
+    widths = {True: shape.key_bits, False: shape.value_bits}
+    shaping = [
+        code_of(
+            shape_errors, {**shape_of, "BITS": bits, "KEYS": of_keys}, warps=SHAPE_WARPS, **both
+        )
+        for of_keys, bits in widths.items()
+    ]
     codes = [
+        *shaping,
         code_of(
             pack_key_codes,
             {**codes_of, "BITS": shape.key_bits, "INDEX_BITS": (D - 1).bit_length()},

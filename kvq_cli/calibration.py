@@ -111,8 +111,12 @@ def quantization(
     return KVQConfig.create(key_bits=key_bits or bits, value_bits=value_bits or bits, **given)
 
 
-def default_folder(model_name: str, config: KVQConfig) -> Path:
-    """``./<model name>-kvq3``, or ``-kvq-k2v3`` where keys and values differ."""
+def default_folder(
+    model_name: str, config: KVQConfig, *, average_bits: float | None = None
+) -> Path:
+    """``./<model name>-kvq3``, ``-kvq-k2v3`` where keys and values differ, or ``-kvq2.75``."""
+    if average_bits is not None:
+        return Path(f"{model_name}-kvq{average_bits:g}")
     key, value = config.key_bits, config.value_bits
     suffix = f"kvq{key}" if key == value else f"kvq-k{key}v{value}"
     return Path(f"{model_name}-{suffix}")
@@ -122,12 +126,15 @@ def plan_facts(
     plan: CalibrationPlan, folder: Path, memory: CalibrationMemory
 ) -> list[tuple[str, str]]:
     """What ``--dry-run`` says."""
-    model, config = plan.model.record, plan.config
+    model, config = plan.model.record, plan.config_in_bits
+    codes = codes_in_words(config)
+    if plan.average_bits is not None:
+        codes = f"{plan.average_bits:g} bits on average, chosen layer by layer"
     return [
         ("dry run", "everything that can be checked without weights is in order"),
         ("model", f"{model.id}, {model.fingerprint.summary}"),
         ("text", f"{plan.source.name}, {plan.num_samples} x {plan.seq_len} tokens"),
-        ("codes", codes_in_words(config)),
+        ("codes", codes),
         *bits_facts(reported_bits(config, model.fingerprint)),
         *memory_facts(memory),
         ("would write", str(folder)),
@@ -145,6 +152,9 @@ def plan_json(plan: CalibrationPlan, folder: Path, memory: CalibrationMemory) ->
         "seq_len": plan.seq_len,
         "seed": plan.seed,
         "config": plan.config.model_dump(mode="json"),
-        "effective_bits": bits_json(reported_bits(plan.config, plan.model.record.fingerprint)),
+        "average_bits": plan.average_bits,
+        "effective_bits": bits_json(
+            reported_bits(plan.config_in_bits, plan.model.record.fingerprint)
+        ),
         "memory": memory.to_json(),
     }

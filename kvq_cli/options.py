@@ -91,6 +91,18 @@ def overruled(context: typer.Context, name: str, *, by: str) -> bool:
     return (mine.name, rival.name) == ("ENVIRONMENT", "COMMANDLINE")
 
 
+def refuse_together(context: typer.Context, name: str, *others: str) -> None:
+    """Raise a usage error where one of ``others`` is given on the command line beside ``name``."""
+
+    def flag(parameter: str) -> str:
+        return "--" + parameter.replace("_", "-")
+
+    for other in others:
+        source = context.get_parameter_source(other)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"give {flag(name)} or {flag(other)}, not both")
+
+
 def chosen_load_in(
     context: typer.Context, *, load_in_4bit: bool, load_in_8bit: bool
 ) -> Literal["4bit", "8bit"] | None:

@@ -8,12 +8,14 @@ grows neither with tokens nor with layers times tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvq_calibration.allocation import WIDTHS, allocate, check_average
 from kvq_calibration.capture import (
     KeyValueTap,
     evaluation_mode,
@@ -21,6 +23,7 @@ from kvq_calibration.capture import (
     run_decoder,
     token_rows,
 )
+from kvq_calibration.expected_loss import expected_losses
 from kvq_calibration.moments import GradientMoments
 from kvq_calibration.packed_weights import weights_as_loaded
 from kvq_calibration.points import NormalisedPoints
@@ -217,6 +220,25 @@ def fit_layer(
     return parameters, statistics
 
 
+def fit_every_width(
+    points: Mapping[int, LayerPoints],
+    thresholds: Thresholds,
+    config: KVQConfig,
+    *,
+    progress: Progress,
+) -> dict[int, dict[int, LayerParameters]]:
+    """Parameters of every layer with keys and values of 2, 3 and 4 bits: width -> layer_idx."""
+    fitted: dict[int, dict[int, LayerParameters]] = {}
+    with progress.stage("codebooks of all widths", len(WIDTHS)) as advance:
+        for width in WIDTHS:
+            uniform = config.with_widths(width)
+            fitted[width] = {
+                layer: fit_layer(points[layer], thresholds[layer], uniform)[0] for layer in points
+            }
+            advance()
+    return fitted
+
+
 def calibrate(
     model: PreTrainedModel,
     windows: Tensor,
@@ -224,6 +246,7 @@ def calibrate(
     *,
     base_model: BaseModelRecord,
     calibration: CalibrationRecord,
+    average_bits: float | None = None,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Sidecar:
@@ -234,10 +257,13 @@ def calibrate(
         windows: token ids i64 ``[S, T]``, no padding.
         config: bits, outliers, sinks, solver.
         base_model, calibration: what the sidecar says of its origin.
+        average_bits: give every layer's keys and values 2, 3 or 4 bits, so that the expected loss
+            is the least that this average of widths allows; the widths of ``config`` are not used.
         batch_size: windows a step.
         progress: who hears how far it is.
 
     Raises:
+        ConfigError: an average outside 2 to 4, or one without sensitivity.
         DataError: windows that leave no token after the sinks.
         UnsupportedModelError: attention that kvq does not understand.
         CalibrationError: NaN activations or gradients.
@@ -249,6 +275,8 @@ def calibrate(
             f"{windows.shape[0]} of {windows.shape[1]}.",
             hint="--seq-len, or fewer --sink-tokens",
         )
+    if average_bits is not None:
+        check_average(average_bits, config)
     layers = quantized_layers(model.config)
     try:
         with evaluation_mode(model), weights_as_loaded(model):
@@ -258,6 +286,10 @@ def calibrate(
             points = measure_points(
                 model, windows, config, thresholds, batch_size=batch_size, progress=progress
             )
+            if average_bits is not None:
+                fitted = fit_every_width(points, thresholds, config, progress=progress)
+                losses = expected_losses(model, windows, config, fitted, progress=progress)
+                config = config.with_layer_bits(allocate(losses, average_bits))
     except torch.OutOfMemoryError as error:
         raise CalibrationError(
             f"out of GPU memory while measuring {windows.shape[1]} tokens at a time: {error}",

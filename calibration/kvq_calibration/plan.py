@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kvq_calibration.allocation import check_average, even_widths
 from kvq_calibration.data import TextSource, load_text, token_windows
 from kvq_formats.config import KVQConfig
 from kvq_formats.errors import ConfigError
 from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
+from kvq_runtime.supported_models import quantized_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,6 +41,7 @@ class CalibrationPlan:
         model: found, its configuration read, no weights loaded.
         source: the text; little or nothing of it is read yet.
         config: options of the quantized cache.
+        average_bits: what the widths of layers may be on average; None: they are ``config``'s.
         num_samples, seq_len: windows, and tokens a window.
         seed: chooses the windows.
         notes: what the user should know, such as a clamped length.
@@ -51,6 +54,15 @@ class CalibrationPlan:
     seq_len: int
     seed: int
     notes: tuple[str, ...] = ()
+    average_bits: float | None = None
+
+    @property
+    def config_in_bits(self) -> KVQConfig:
+        """A config that takes as many bits as what will be made; its widths are not chosen yet."""
+        if self.average_bits is None:
+            return self.config
+        layers = quantized_layers(self.model.config)
+        return self.config.with_layer_bits(even_widths(layers, self.average_bits))
 
     def run(
         self,
@@ -103,6 +115,7 @@ class CalibrationPlan:
                 seed=self.seed,
                 token_sha256=windows.token_sha256,
             ),
+            average_bits=self.average_bits,
             batch_size=batch_size,
             progress=progress,
         )
@@ -112,6 +125,7 @@ def plan_calibration(
     model: ResolvedModel,
     *,
     config: KVQConfig,
+    average_bits: float | None = None,
     dataset: str = "builtin",
     split: str | None = None,
     text_column: str | None = None,
@@ -123,8 +137,11 @@ def plan_calibration(
     """Try the model out, find the text and fit the windows to the model; no weights are loaded.
 
     Windows longer than the model's positions are clamped to them, with a note. ``model_class`` is
-    that of a model which is loaded already. Raises what ``examine`` and ``load_text`` raise.
+    that of a model which is loaded already. Raises what ``examine`` and ``load_text`` raise, and
+    ConfigError for an average that no widths have.
     """
+    if average_bits is not None:
+        check_average(average_bits, config)
     from kvq_runtime.examine import examine
 
     examine(
@@ -147,6 +164,7 @@ def plan_calibration(
         seq_len=seq_len,
         seed=seed,
         notes=tuple(notes),
+        average_bits=average_bits,
     )
 
 
@@ -155,6 +173,7 @@ def calibrate_from_text(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     bits: int | None = None,
+    average_bits: float | None = None,
     config: KVQConfig | None = None,
     dataset: str = "builtin",
     split: str | None = None,
@@ -179,6 +198,8 @@ def calibrate_from_text(
             one.
         tokenizer: of a loaded model; its own, from where it was loaded, without.
         bits: width of a code of keys and values alike, 2, 3 or 4; 4 without ``config``.
+        average_bits: instead of ``bits``, widths of 2 to 4 for each layer's keys and values, chosen
+            by expected loss, with this average.
         config: all options of the quantized cache, instead of ``bits``.
         dataset, split, text_column: the text; see ``kvq_calibration.data.load_text``.
         num_samples, seq_len: windows, and tokens a window (at most the model's positions).
@@ -198,6 +219,11 @@ def calibrate_from_text(
         raise ConfigError(
             f"bits={bits} and config= were both given.", hint="KVQConfig(key_bits=, value_bits=)"
         )
+    if bits is not None and average_bits is not None:
+        raise ConfigError(
+            f"bits={bits} and average_bits={average_bits:g} were both given.",
+            hint="bits=3, or average_bits=2.75",
+        )
     if config is None:
         width = 4 if bits is None else bits
         config = KVQConfig.create(key_bits=width, value_bits=width)
@@ -210,6 +236,7 @@ def calibrate_from_text(
     plan = plan_calibration(
         resolved,
         config=config,
+        average_bits=average_bits,
         dataset=dataset,
         split=split,
         text_column=text_column,

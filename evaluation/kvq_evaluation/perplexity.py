@@ -40,7 +40,7 @@ def evaluate(
     windows: Tensor | Sequence[Tensor],
     *,
     variants: Mapping[str, Variant],
-    path: MeasuredPath = "prefill",
+    path: MeasuredPath | Mapping[str, MeasuredPath] = "prefill",
     batch_size: int = 1,
     scored: Sequence[int] | None = None,
     progress: Progress | None = None,
@@ -55,7 +55,8 @@ def evaluate(
         variants: by name; each is entered once a batch.
         path: ``prefill``: a variant runs as one forward without a cache. ``decode``: it runs as one
             forward a token, and the cache that its first forward returns is handed to the others;
-            every batch begins without one. The unquantized model always runs as one forward.
+            every batch begins without one. The unquantized model always runs as one forward. May be
+            given by variant.
         batch_size: windows a forward pass.
         scored: for each window, how many of its last tokens count; without, all but the first.
         progress: told of a step for each forward over whole windows, and for each ``PIECE_TOKENS``
@@ -71,32 +72,38 @@ def evaluate(
     unquantized model, CalibrationError for logits that are not finite (naming the variant).
     """
     rows = [window.reshape(-1) for window in windows]
-    _check(rows, variants, path, batch_size)
+    paths = dict.fromkeys(variants, path) if isinstance(path, str) else dict(path)
+    _check(rows, variants, [path] if isinstance(path, str) else list(path.values()), batch_size)
     counts = [len(row) - 1 for row in rows] if scored is None else list(scored)
     _check_scored(rows, counts)
     scores: dict[str, list[WindowSums]] = {name: [] for name in (UNQUANTIZED, *variants)}
+    token_kl: dict[str, list[Tensor]] = {name: [] for name in scores}
     batches = _batches(rows, batch_size)
     device = input_device(model)
     listener = progress or SilentProgress()
-    forwards = sum(_num_pieces(len(batch[0]), path) for batch in batches)
+    forwards = sum(_num_pieces(len(batch[0]), one) for batch in batches for one in paths.values())
     with (
         torch.no_grad(),
         _evaluation_mode(model),
-        listener.stage("evaluate", len(batches) + len(variants) * forwards) as done,
+        listener.stage("evaluate", len(batches) + forwards) as done,
     ):
         for batch in batches:
             input_ids = torch.stack(batch).to(device)
             reference = _whole(model, input_ids)
             first = len(scores[UNQUANTIZED])
             labels = _Labels(input_ids, counts[first : first + len(batch)], first_window=first)
-            scores[UNQUANTIZED] += _score(UNQUANTIZED, [reference], reference, labels, done)
+            sums, each = _score(UNQUANTIZED, [reference], reference, labels, done)
+            scores[UNQUANTIZED] += sums
+            token_kl[UNQUANTIZED] += each
             for name, context in variants.items():
                 with context():
-                    pieces = _pieces(model, input_ids, path)
-                    scores[name] += _score(name, pieces, reference, labels, done)
+                    pieces = _pieces(model, input_ids, paths[name])
+                    sums, each = _score(name, pieces, reference, labels, done)
+                scores[name] += sums
+                token_kl[name] += each
             # Before the next batch's logits are made.
             del reference
-    return [WindowMetrics.from_scores(name, rows) for name, rows in scores.items()]
+    return [WindowMetrics.from_scores(name, sums, token_kl[name]) for name, sums in scores.items()]
 
 
 @dataclass(frozen=True)
@@ -149,8 +156,8 @@ def _score(
     reference: Tensor,
     labels: _Labels,
     done: Callable[[], None],
-) -> list[WindowSums]:
-    """Sums of each window of a batch.
+) -> tuple[list[WindowSums], list[Tensor]]:
+    """Sums of each window of a batch, and the KL of its tokens, f32.
 
     Args:
         name: the variant, for errors.
@@ -161,6 +168,7 @@ def _score(
     """
     B, T = labels.input_ids.shape
     sums = [(0, 0.0, 0.0, 0)] * B
+    each: list[list[Tensor]] = [[] for _ in range(B)]
     start = 0
     for logits in pieces:
         stop = min(start + logits.shape[1], T - 1)
@@ -173,6 +181,7 @@ def _score(
                 logits[row, first - start : stop - start],
                 ids[first + 1 : stop + 1],
             )
+            each[row].append(metrics.kl.float().cpu())
             nll, kl = float(metrics.nll.sum()), float(metrics.kl.sum())
             _check_finite(name, labels.first_window + row, nll + kl)
             tokens, nll_sum, kl_sum, agreement = sums[row]
@@ -184,10 +193,15 @@ def _score(
             )
         start = stop
         done()
-    return sums
+    return sums, [torch.cat(pieces_of_row) for pieces_of_row in each]
 
 
-def _check(rows: list[Tensor], variants: Mapping[str, Variant], path: str, batch_size: int) -> None:
+def _check(
+    rows: list[Tensor],
+    variants: Mapping[str, Variant],
+    paths: Sequence[str],
+    batch_size: int,
+) -> None:
     if not rows:
         raise DataError(
             "there is no window to evaluate, expected at least one.",
@@ -201,10 +215,11 @@ def _check(rows: list[Tensor], variants: Mapping[str, Variant], path: str, batch
         )
     if batch_size < 1:
         raise ConfigError(f"batch size is {batch_size}, expected 1 or more.", hint="--batch-size 1")
-    if path not in get_args(MeasuredPath):
-        raise ConfigError(
-            f"path is {path!r}, expected 'prefill' or 'decode'.", hint="--path prefill"
-        )
+    for path in paths:
+        if path not in get_args(MeasuredPath):
+            raise ConfigError(
+                f"path is {path!r}, expected 'prefill' or 'decode'.", hint="--path prefill"
+            )
     if UNQUANTIZED in variants:
         raise ConfigError(
             f"a variant is named {UNQUANTIZED!r}, the name of the first row.",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Self
 
 import torch
@@ -22,6 +23,8 @@ class WindowMetrics:
         tokens: int64 ``[S]``, tokens scored.
         nll, kl: f64 ``[S]``, sums over the window's tokens, nats.
         agreement: int64 ``[S]``, tokens where the variant puts the same token first.
+        token_kl: f32 ``[sum of tokens]``, KL of every scored token, nats; empty where it was not
+            kept.
     """
 
     name: str
@@ -29,10 +32,16 @@ class WindowMetrics:
     nll: Tensor
     kl: Tensor
     agreement: Tensor
+    token_kl: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @classmethod
-    def from_scores(cls, name: str, scores: Sequence[tuple[int, float, float, int]]) -> Self:
-        """Gather ``(tokens, nll, kl, agreement)`` of every window."""
+    def from_scores(
+        cls,
+        name: str,
+        scores: Sequence[tuple[int, float, float, int]],
+        token_kl: Sequence[Tensor] = (),
+    ) -> Self:
+        """Gather ``(tokens, nll, kl, agreement)`` of every window, and KL token by token."""
         tokens, nll, kl, agreement = zip(*scores, strict=True)
         return cls(
             name=name,
@@ -40,6 +49,7 @@ class WindowMetrics:
             nll=torch.tensor(nll, dtype=torch.float64),
             kl=torch.tensor(kl, dtype=torch.float64),
             agreement=torch.tensor(agreement, dtype=torch.int64),
+            token_kl=torch.cat(list(token_kl)).float().cpu() if token_kl else torch.empty(0),
         )
 
     @property
@@ -53,6 +63,16 @@ class WindowMetrics:
     def mean_kl(self) -> Estimate:
         """Mean KL(unquantized || variant), nats a token."""
         return ratio(self.kl, self.tokens)
+
+    def kl_quantile(self, share: float) -> float | None:
+        """The KL that ``share`` of the tokens stay below; None where tokens were not kept.
+
+        The nearest of the measured ones, not interpolated.
+        """
+        if len(self.token_kl) == 0:
+            return None
+        place = max(1, math.ceil(share * len(self.token_kl)))
+        return float(self.token_kl.kthvalue(place).values)
 
     @property
     def mean_agreement(self) -> float:
@@ -106,6 +126,21 @@ def paired_difference(
     """
     _check_paired(a, b)
     return ratio(getattr(a, metric) - factor * getattr(b, metric), a.tokens)
+
+
+def over_seeds(runs: Sequence[WindowMetrics]) -> Estimate:
+    """Mean KL over calibration seeds, nats a token, measured on the same windows.
+
+    The standard error joins both sources: windows, of each window's mean over the seeds, and seeds,
+    of the means over windows. A single seed has no second part.
+    """
+    for run in runs[1:]:
+        _check_paired(run, runs[0])
+    joined = ratio(torch.stack([run.kl for run in runs]).mean(0), runs[0].tokens)
+    if joined.stderr is None or len(runs) < 2:
+        return joined
+    means = torch.tensor([run.mean_kl.mean for run in runs], dtype=torch.float64)
+    return Estimate(joined.mean, math.hypot(joined.stderr, float(means.std()) / len(runs) ** 0.5))
 
 
 def perplexity_increase(a: WindowMetrics, reference: WindowMetrics) -> Estimate:

@@ -129,6 +129,12 @@ class KVQConfig(BaseModel):
             options |= {"key_bits": max(keys), "value_bits": max(values)}
         return self.create(**options)
 
+    def with_widths(self, bits: int) -> Self:
+        """The same options with keys and values of all layers at one width, 2, 3 or 4."""
+        return self.create(
+            **{**self.model_dump(), "key_bits": bits, "value_bits": bits, "layer_bits": {}}
+        )
+
     def layer_counts(self) -> dict[Self, int]:
         """How many layers have each config that ``for_layer`` gives; one where all are alike."""
         counts = Counter(self.layer_bits.values())

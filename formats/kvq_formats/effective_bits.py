@@ -32,7 +32,8 @@ class EffectiveBits:
         total: the sum.
         without_unfinished: without the unfinished page's bytes and its tokens; methods are
             compared on it.
-        table_bytes: static tables of a layer, apart: centre, half-range, codebooks.
+        table_bytes: static tables of a layer, apart: centre, half-range, codebooks, gains of
+            error feedback.
     """
 
     tokens: int
@@ -108,7 +109,6 @@ def _of_one_layer(config: KVQConfig, H: int, D: int, tokens: int) -> EffectiveBi
     loose = tokens - sinks - recent - pages * PAGE_TOKENS
     settled = 2 * H * D * max(tokens - loose, 1)
     paged = max(H * D * pages * PAGE_TOKENS, 1)
-    entries = (1 << config.key_bits) + (1 << config.value_bits)
     return EffectiveBits(
         tokens=tokens,
         **bits,
@@ -116,6 +116,16 @@ def _of_one_layer(config: KVQConfig, H: int, D: int, tokens: int) -> EffectiveBi
         value_bits=8 * sum(value.values()) / paged,
         total=sum(bits.values()),
         without_unfinished=8 * (sum(parts.values()) - parts["unfinished"]) / settled,
-        # f32 centre and half-range a channel; f32 entry and u8 level of both codebooks.
-        table_bytes=4 * 2 * H * D + 5 * entries,
+        table_bytes=_table_bytes(config, H, D),
     )
+
+
+def _table_bytes(config: KVQConfig, H: int, D: int) -> int:
+    """Centre and half-range f32 a channel; entry f32 and level u8 of both codebooks; feedback.
+
+    Of feedback an i16 for the order of each channel and f16 gains above the diagonal, for keys and
+    for values.
+    """
+    entries = (1 << config.key_bits) + (1 << config.value_bits)
+    feedback = 2 * 2 * H * (D + D * (D - 1) // 2) if config.error_feedback else 0
+    return 4 * 2 * H * D + 5 * entries + feedback

@@ -26,6 +26,7 @@ def stand_in(
     """One for a model that ``record`` describes; ``channels`` of each layer that is quantized."""
     import torch
 
+    from kvq_formats.feedback import Feedback
     from kvq_formats.parameters import (
         KeyParameters,
         LayerParameters,
@@ -37,10 +38,15 @@ def stand_in(
 
     shape = (record.fingerprint.num_kv_heads, record.fingerprint.head_dim)
     center, half_range = torch.zeros(shape), torch.full(shape, HALF_RANGE)
+    feedback = None
+    if config.error_feedback and config.sensitivity == "fisher":
+        # Channels that have nothing to do with each other: the right number of gains, all zero.
+        apart = torch.eye(shape[1], dtype=torch.float64).expand(shape[0], -1, -1)
+        feedback = Feedback.fit(apart, damping=0.0)
     made = {
         layer: LayerParameters(
-            KeyParameters(center, half_range, _grid(layer.key_bits), outlier_step=0.02),
-            ValueParameters(_grid(layer.value_bits), outlier_step=0.02),
+            KeyParameters(center, half_range, _grid(layer.key_bits), 0.02, feedback),
+            ValueParameters(_grid(layer.value_bits), 0.02, feedback),
         )
         for layer in config.layer_counts()
     }

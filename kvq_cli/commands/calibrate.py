@@ -37,6 +37,7 @@ from kvq_cli.options import (
     chosen_model,
     model_argument,
     option,
+    refuse_together,
 )
 from kvq_cli.output import Output
 
@@ -68,6 +69,16 @@ def calibrate(
         int | None,
         option(
             "--value-bits", panel=QUANTIZATION, help="Bits of a value's code.", default="--bits"
+        ),
+    ] = None,
+    average_bits: Annotated[
+        float | None,
+        option(
+            "--average-bits",
+            panel=QUANTIZATION,
+            metavar="X",
+            help="Choose 2, 3 or 4 bits for each layer's keys and values, X on average.",
+            default="--bits for all",
         ),
     ] = None,
     outlier_fraction: Annotated[
@@ -130,6 +141,14 @@ def calibrate(
             help="Match mean and deviation of decoded numbers.",
         ),
     ] = True,
+    error_feedback: Annotated[
+        bool,
+        option(
+            "--error-feedback/--no-error-feedback",
+            panel=QUANTIZATION,
+            help="Make rounding errors good in other channels; needs --sensitivity fisher.",
+        ),
+    ] = True,
     dataset: Annotated[
         str,
         option(
@@ -187,6 +206,7 @@ def calibrate(
       kvq calibrate Qwen/Qwen3-0.6B --bits 3
       kvq calibrate ./my-model --bits 4 -o ./q4 --dataset ./my-text.txt
       kvq calibrate ./my-model --key-bits 2 --value-bits 3
+      kvq calibrate ./my-model --average-bits 2.75
       kvq calibrate --dry-run
     """
     output: Output = context.obj
@@ -207,6 +227,8 @@ def calibrate(
     from kvq_runtime.models import resolve_model
     from kvq_runtime.weight_quantization import bitsandbytes_config
 
+    if average_bits is not None:
+        refuse_together(context, "average_bits", "bits", "key_bits", "value_bits")
     config = quantization(
         {
             "outlier_fraction": outlier_fraction,
@@ -217,6 +239,7 @@ def calibrate(
             "qnorm": qnorm,
             "sensitivity": sensitivity.value,
             "kmeans": kmeans.value,
+            "error_feedback": error_feedback,
         },
         bits=bits,
         key_bits=key_bits,
@@ -228,11 +251,12 @@ def calibrate(
     resolved = resolve_model(name, revision=revision, trust_remote_code=trust_remote_code)
     # What cannot be is said before the text is looked for.
     bitsandbytes_config(resolved, load_in)
-    folder = destination or default_folder(resolved.record.name, config)
+    folder = destination or default_folder(resolved.record.name, config, average_bits=average_bits)
     check_output_directory(folder, overwrite=overwrite)
     plan = plan_calibration(
         resolved,
         config=config,
+        average_bits=average_bits,
         dataset=dataset,
         split=split,
         text_column=text_column,

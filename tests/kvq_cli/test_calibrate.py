@@ -280,3 +280,36 @@ def test_same_inputs_same_bytes(
     for file in ("kvq.safetensors", "kvq_config.json", "README.md"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert json.loads((tmp_path / "a" / "kvq_config.json").read_text())["format_version"] == 1
+
+
+def test_average_bits(kvq: Kvq, tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    given = ("calibrate", tiny_model_dir, "--average-bits", 2.75, "--dataset", text_file, *SMALL)
+    planned = kvq(*given, "--dry-run", "--json").json
+    ran = kvq(*given, "--json")
+    assert ran.code == 0
+    config = ran.json["config"]
+    widths = [bits for pair in config["layer_bits"].values() for bits in pair]
+    assert set(widths) <= {2, 3, 4}
+    assert sum(widths) <= 2.75 * len(widths)
+    folder = tmp_path / f"{tiny_model_dir.name}-kvq2.75"
+    assert Sidecar.load(folder).config.model_dump(mode="json") == config
+    # All of the budget is planned for, and an allocation may leave some of it.
+    assert ran.json["effective_bits"]["codes"] <= planned["effective_bits"]["codes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--average-bits", 4.5), "expected 2 to 4"),
+        (("--average-bits", 3, "--sensitivity", "none"), "needs sensitivity"),
+        (("--average-bits", 3, "--bits", 3), "not both"),
+        (("--average-bits", 3, "--key-bits", 2), "not both"),
+    ],
+)
+def test_average_bits_that_make_no_sense(
+    kvq: Kvq, tmp_path: Path, tiny_model_dir: Path, options: tuple, said: str
+) -> None:
+    ran = kvq("calibrate", tiny_model_dir, *options, *SMALL, "-o", tmp_path / "q")
+    assert ran.code == 2
+    assert said in " ".join(ran.stderr.split())
+    assert not (tmp_path / "q").exists()

@@ -1,0 +1,66 @@
+"""Baselines by the names that people give on the command line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvq_evaluation.baselines.named import BaselineName, method_summaries
+from kvq_evaluation.samples import LayerSamples
+from kvq_formats.errors import ConfigError
+
+H, D, T = 2, 64, 96
+
+
+def samples() -> dict[int, LayerSamples]:
+    generator = torch.Generator().manual_seed(0)
+
+    def some(heads: int) -> torch.Tensor:
+        return torch.randn(T, heads, D, generator=generator)
+
+    squares = [some(H).square() for _ in range(2)]
+    return {i: LayerSamples(some(H), some(H), some(H), some(4), *squares) for i in (0, 1)}
+
+
+def unasked() -> dict[int, LayerSamples]:
+    raise AssertionError("samples were taken for a method that needs none")
+
+
+@pytest.mark.parametrize("method", method_summaries())
+def test_every_method_makes_a_codec(method: str) -> None:
+    name = method if method in ("fp8", "nvfp4") else f"{method}4"
+    parsed = BaselineName.parse(name)
+    codec = parsed.make(
+        layers=(0, 1),
+        samples=samples if parsed.method.calibrated else unasked,
+        sink_tokens=1,
+    )
+    assert set(codec.layers) == {0, 1}
+    assert codec.sink_tokens == 1
+    keys = torch.randn(H, 40, D, generator=torch.Generator().manual_seed(1))
+    assert codec.decoded_keys(0, keys).shape == codec.decoded_values(1, keys).shape == keys.shape
+    # A code and what is said of scales; KVQuant's code keeps a codebook of 32 bits a token.
+    assert 4 <= codec.effective_bits(H, D, tokens=4096) < 9
+
+
+def test_bits_and_groups_arrive() -> None:
+    codec = BaselineName.parse("kivi2-g16").make(layers=(0,), samples=unasked, sink_tokens=3)
+    # 2 + 32 / 16, and 3 of 4,099 tokens at 16 bits.
+    assert codec.effective_bits(H, D, tokens=4099) == pytest.approx((4 * 4096 + 3 * 16) / 4099)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("kivy2", "Did you mean kivi"),
+        ("kivi", "names no width"),
+        ("kivi7", "names no width"),
+        ("fp8-g64", "does not take"),
+        ("kivi2-g0", "does not take"),
+        ("kivi2-gx", "no baseline"),
+        ("", "no baseline"),
+    ],
+)
+def test_names_that_are_none(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        BaselineName.parse(name)
