@@ -191,7 +191,7 @@ def fit_layer(
     """Codebooks, Q-Norm, outlier steps and feedback of one layer from what was kept of it."""
     center, half_range = (t.cpu() for t in thresholds)
     key, value = points.key, points.value
-    with_feedback = config.error_feedback and config.sensitivity == "fisher"
+    with_feedback = config.feedback and config.sensitivity == "fisher"
     key_codebook = key.fit(config.key_bits, config)
     value_codebook = value.fit(config.value_bits, config)
     key_index_bits = outliers.channel_bits(center.shape[-1])

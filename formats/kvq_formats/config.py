@@ -48,7 +48,7 @@ class KVQConfig(BaseModel):
         qnorm: fold Q-Norm into the decode codebooks.
         sensitivity: weight of a calibration point: squared gradient, or 1.
         kmeans: solver of the codebook fit.
-        error_feedback: what rounding one channel loses is made good in others, by the second
+        feedback: what rounding one channel loses is made good in others, by the second
             moments of the gradients (``feedback``); needs sensitivity and costs no bit.
         layer_bits: (key_bits, value_bits) by layer_idx, of every quantized layer; empty where all
             layers are alike. ``with_layer_bits`` sets it, ``for_layer`` reads it: who encodes,
@@ -68,7 +68,7 @@ class KVQConfig(BaseModel):
     qnorm: bool = True
     sensitivity: Literal["fisher", "none"] = "fisher"
     kmeans: Literal["exact", "sklearn"] = "exact"
-    error_feedback: bool = True
+    feedback: bool = True
     layer_bits: dict[Annotated[int, Field(ge=0)], tuple[Bits, Bits]] = {}
 
     @field_validator("layer_bits")

@@ -127,5 +127,5 @@ def _table_bytes(config: KVQConfig, H: int, D: int) -> int:
     for values.
     """
     entries = (1 << config.key_bits) + (1 << config.value_bits)
-    feedback = 2 * 2 * H * (D + D * (D - 1) // 2) if config.error_feedback else 0
+    feedback = 2 * 2 * H * (D + D * (D - 1) // 2) if config.feedback else 0
     return 4 * 2 * H * D + 5 * entries + feedback

@@ -81,7 +81,7 @@ class SidecarHeader(BaseModel):
         config = document.get("config")
         if isinstance(config, dict):
             # Files from before there was error feedback.
-            config.setdefault("error_feedback", False)
+            config.setdefault("feedback", False)
         try:
             return cls.model_validate({k: document[k] for k in cls.model_fields if k in document})
         except ValidationError as error:

@@ -324,7 +324,7 @@ def scratch_bytes(config: KVQConfig, *, num_pages: int, num_kv_heads: int, head_
         return packed
     tokens = _block_pages(num_pages, num_kv_heads, head_dim) * PAGE_TOKENS
     numbers = tokens * num_kv_heads * head_dim
-    if config.error_feedback:
+    if config.feedback:
         packed += numbers * TARGET_BYTES
     if config.outlier_fraction == 0:
         return packed

@@ -39,7 +39,7 @@ def stand_in(
     shape = (record.fingerprint.num_kv_heads, record.fingerprint.head_dim)
     center, half_range = torch.zeros(shape), torch.full(shape, HALF_RANGE)
     feedback = None
-    if config.error_feedback and config.sensitivity == "fisher":
+    if config.feedback and config.sensitivity == "fisher":
         # Channels that have nothing to do with each other: the right number of gains, all zero.
         apart = torch.eye(shape[1], dtype=torch.float64).expand(shape[0], -1, -1)
         feedback = Feedback.fit(apart, damping=0.0)

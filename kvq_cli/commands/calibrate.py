@@ -141,10 +141,10 @@ def calibrate(
             help="Match mean and deviation of decoded numbers.",
         ),
     ] = True,
-    error_feedback: Annotated[
+    feedback: Annotated[
         bool,
         option(
-            "--error-feedback/--no-error-feedback",
+            "--feedback/--no-feedback",
             panel=QUANTIZATION,
             help="Make rounding errors good in other channels; needs --sensitivity fisher.",
         ),
@@ -239,7 +239,7 @@ def calibrate(
             "qnorm": qnorm,
             "sensitivity": sensitivity.value,
             "kmeans": kmeans.value,
-            "error_feedback": error_feedback,
+            "feedback": feedback,
         },
         bits=bits,
         key_bits=key_bits,

@@ -336,7 +336,7 @@ def some_feedback(H: int, D: int, *, seed: int = 11) -> Feedback:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("outliers", ["off", "room", "overflowing"])
 @pytest.mark.parametrize("D", [64, 80])
-def test_error_feedback(bits: int, outliers: str, D: int, device: torch.device) -> None:
+def test_feedback(bits: int, outliers: str, D: int, device: torch.device) -> None:
     H = 2
     config = KVQConfig(key_bits=bits, value_bits=bits, **OUTLIERS[outliers])
     keys, values = heavy(H, 2, D), heavy(H, 2, D).flip(1)
@@ -349,7 +349,7 @@ def test_error_feedback(bits: int, outliers: str, D: int, device: torch.device) 
     )
 
 
-def test_error_feedback_of_heads_with_scales_of_their_own(device: torch.device) -> None:
+def test_feedback_of_heads_with_scales_of_their_own(device: torch.device) -> None:
     config = KVQConfig(key_bits=2, value_bits=2, value_grain="head")
     parameters = replace(value_parameters(2), feedback=some_feedback(3, 64))
     check_values(heavy(3, 1, 64, dtype=torch.bfloat16), parameters, config, device)

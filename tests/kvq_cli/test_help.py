@@ -15,7 +15,7 @@ from kvq_cli.app import app
 
 COMMANDS = ("calibrate", "inspect", "eval", "generate", "demo", "doctor", "env")
 ROOT = Path(__file__).parents[2]
-TO_COME = ("resume", "average-bits", "kvq chat", "kvq bench", "kvq report",
+TO_COME = ("resume", "kvq chat", "kvq bench", "kvq report",
            "kvq serve", "kvq push", "kvq convert")  # fmt: skip
 
 

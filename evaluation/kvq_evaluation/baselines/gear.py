@@ -7,7 +7,7 @@ Kang et al., arXiv 2403.05527, section 3: ``X = D + L + S``.
   mean takes their place before quantization (their code, opengear-project/GEAR,
   ``GenerationBench/GenerationTest/GEARLM/Simulated/compress_function.py``).
 - D: uniform codes in KIVI's groups, of 64 in their scripts at 2 bits.
-- L: the best approximation of rank 4 (their prefill) to ``X - D - S``, head by head, both factors
+- L: the best approximation of rank 4 (their prefill) to ``X - D - S``, a head at a time, factors
   in fp16; by exact singular vectors, where they iterate from a random start.
 
 The whole text is one prefill, so outliers of keys and factors are chosen knowing all of it, which
@@ -28,7 +28,8 @@ from kvq_evaluation.baselines import uniform
 from kvq_evaluation.baselines.kivi import Kivi
 from kvq_formats.errors import ConfigError
 
-OUTLIER_BITS = 32  # An fp16 number and its place in its vector, also 16 bits.
+# An fp16 number and its place in its vector.
+OUTLIER_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,13 @@ class Gear:
         exact = self.sink_tokens + self.recent_tokens
         coded_tokens = None if tokens is None else max(1, tokens - exact)
         channels, rank = num_kv_heads * head_dim, min(self.rank, head_dim)
-        apart = [_each_side(channels, self.outlier_fraction) * 2 / channels]
-        if coded_tokens is None:
-            apart.append(self.outlier_fraction)
-            factors = rank / head_dim
-        else:
-            apart.append(_each_side(coded_tokens, self.outlier_fraction) * 2 / coded_tokens)
+        apart, factors = self.outlier_fraction, rank / head_dim
+        if coded_tokens is not None:
+            apart = _each_side(coded_tokens, self.outlier_fraction) * 2 / coded_tokens
             factors = min(rank, coded_tokens) * (1 / coded_tokens + 1 / head_dim)
+        apart += _each_side(channels, self.outlier_fraction) * 2 / channels
         coded = self._kivi().effective_bits(num_kv_heads, head_dim, tokens=coded_tokens)
-        coded += OUTLIER_BITS * sum(apart) / 2 + uniform.EXACT_BITS * factors
+        coded += OUTLIER_BITS * apart / 2 + uniform.EXACT_BITS * factors
         return uniform.with_exact_tokens(coded, exact_tokens=exact, tokens=tokens)
 
     def _kivi(self) -> Kivi:
@@ -105,10 +104,9 @@ class Gear:
 
 def extremes(vectors: Tensor, fraction: float) -> Tensor:
     """Bool ``[..., E]``: the ``fraction / 2`` largest and smallest of each f32 ``[..., E]``."""
-    size, order = vectors.shape[-1], vectors.argsort(dim=-1, stable=True)
-    count = _each_side(size, fraction)
-    places = torch.cat([order[..., :count], order[..., size - count :]], dim=-1)
-    return torch.zeros_like(vectors, dtype=torch.bool).scatter(-1, places, True)
+    place = vectors.argsort(dim=-1, stable=True).argsort(dim=-1)
+    count = _each_side(vectors.shape[-1], fraction)
+    return (place < count) | (place >= vectors.shape[-1] - count)
 
 
 def low_rank(residual: Tensor, rank: int) -> Tensor:
