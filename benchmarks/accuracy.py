@@ -35,8 +35,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvq_calibration.data import load_text, token_windows
+from kvq_evaluation.caches import sidecar_bits
 from kvq_evaluation.perplexity import UNQUANTIZED, Variant, evaluate
-from kvq_evaluation.report import EvaluationRow, sidecar_bits, table, with_error
+from kvq_evaluation.report import EvaluationRow, table, with_error
 from kvq_evaluation.rescale import outlier_channels
 from kvq_evaluation.statistics import paired_difference
 from kvq_formats.config import KVQConfig

@@ -27,7 +27,8 @@ from paper_results import ResultFile, print_table
 from results_csv import REPOSITORY, PlainProgress, processor, provenance
 
 from kvq_calibration.pipeline import calibrate
-from kvq_evaluation.report import EvaluationRow, evaluate_sidecars
+from kvq_evaluation.caches import evaluate_caches
+from kvq_evaluation.report import EvaluationRow
 from kvq_formats.config import KVQConfig
 from kvq_formats.errors import KVQError
 from kvq_formats.records import CalibrationRecord
@@ -121,7 +122,7 @@ def _evaluated(
     origin: dict[str, object],
 ) -> dict[str, object]:
     """A row of the file."""
-    *_, measured = evaluate_sidecars(
+    *_, measured = evaluate_caches(
         loaded.model,
         plan.windows.input_ids,
         sidecars,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kvq_calibration.data import TextSource, TokenWindows
+    from kvq_evaluation.baselines.named import Baseline
     from kvq_evaluation.perplexity import MeasuredPath
     from kvq_evaluation.report import EvaluationRow
     from kvq_formats.sidecar import Sidecar
@@ -73,14 +74,15 @@ def measure(
     sidecars: Mapping[str, Sidecar],
     texts: Sequence[TokenWindows],
     *,
-    path: MeasuredPath = "prefill",
+    baselines: Mapping[str, Baseline] | None = None,
+    path: MeasuredPath | Sequence[MeasuredPath] = "prefill",
     batch_size: int,
 ) -> list[MeasuredText]:
-    """Measure every sidecar on every text; say where a path reads nothing that is quantized."""
+    """Measure every cache on every text; say where a path reads nothing that is quantized."""
     from kvq_cli.progress import Titled
-    from kvq_evaluation.report import decoding_reads_codes, evaluate_sidecars
+    from kvq_evaluation.caches import decoding_reads_codes, evaluate_caches
 
-    if path == "decode":
+    if "decode" in ((path,) if isinstance(path, str) else path):
         longest = max(windows.input_ids.shape[1] for windows in texts)
         for name, sidecar in sidecars.items():
             if not decoding_reads_codes(sidecar.config, tokens=longest):
@@ -91,10 +93,11 @@ def measure(
     measured = []
     with output.progress(*(windows.name for windows in texts)) as progress:
         for windows in texts:
-            rows = evaluate_sidecars(
+            rows = evaluate_caches(
                 model,
                 windows.input_ids,
                 sidecars,
+                baselines,
                 dataset=windows.name,
                 windows_available=windows.windows_total,
                 path=path,
@@ -153,14 +156,19 @@ def check_limits(*, max_ppl_increase: float | None, max_kl: float | None) -> Non
 
 
 def check_gates(
-    measured: Sequence[MeasuredText], *, max_ppl_increase: float | None, max_kl: float | None
+    measured: Sequence[MeasuredText],
+    sidecars: Collection[str],
+    *,
+    max_ppl_increase: float | None,
+    max_kl: float | None,
 ) -> list[Gate]:
-    """Compare every quantized row with the bars that are set."""
+    """Compare every row of a sidecar with the bars that are set; baselines only inform."""
     limits = {"perplexity_increase": max_ppl_increase, "kl": max_kl}
     return [
         Gate(row.name, row.dataset, metric, limit, getattr(row, metric))
         for text in measured
-        for row in text.rows[1:]
+        for row in text.rows
+        if row.name in sidecars
         for metric, limit in limits.items()
         if limit is not None
     ]

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvq_evaluation.caches import evaluate_caches
 from kvq_evaluation.perplexity import MeasuredPath
-from kvq_evaluation.report import EvaluationRow, evaluate_sidecars
+from kvq_evaluation.report import EvaluationRow
 from kvq_formats.errors import ConfigError, DataError
 from kvq_formats.progress import Progress
 from kvq_formats.sidecar import Sidecar
@@ -44,7 +45,7 @@ def evaluate_on_tokens(
 
     Returns the unquantized model's row, then one a sidecar, named by its folder or by its place in
     the list. Raises ConfigError without a sidecar or for an unknown path, DataError for tokens that
-    are no ids, SidecarError, FingerprintMismatchError, and what ``evaluate_sidecars`` raises.
+    are no ids, SidecarError, FingerprintMismatchError, and what ``evaluate_caches`` raises.
     """
     if not sidecars:
         raise ConfigError(
@@ -53,7 +54,7 @@ def evaluate_on_tokens(
         )
     _check_ids(tokens)
     loaded = [s if isinstance(s, Sidecar) else Sidecar.load(s) for s in sidecars]
-    return evaluate_sidecars(
+    return evaluate_caches(
         model,
         tokens,
         dict(zip(row_names(sidecars), loaded, strict=True)),

@@ -64,15 +64,57 @@ def evaluate(
             default="the current sidecar",
         ),
     ] = None,
+    baseline: Annotated[
+        list[str] | None,
+        option(
+            "--baseline",
+            panel=QUANTIZATION,
+            metavar="NAMES",
+            help="Other methods on the same tokens, with commas between: kivi2, hadamard4, fp8.",
+            default="none",
+        ),
+    ] = None,
     ppl: Annotated[
-        str,
+        str | None,
         option(
             "--ppl",
             panel=DATA,
             metavar="NAMES",
             help="Texts, with commas between: wikitext2, c4, builtin, a Hub id, or a file.",
+            default="wikitext2, without --tasks",
         ),
-    ] = "wikitext2",
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        option(
+            "--tasks",
+            panel=DATA,
+            metavar="NAMES",
+            help='Tasks of lm_eval, with commas between; needs pip install "kvq[eval]".',
+            default="none",
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        option(
+            "--num-fewshot",
+            panel=DATA,
+            metavar="N",
+            help="Examples before each question of a task.",
+            default="the task's",
+            min=0,
+        ),
+    ] = None,
+    tasks_path: Annotated[
+        Path | None,
+        option(
+            "--tasks-path",
+            panel=DATA,
+            metavar="DIR",
+            help="Folder with tasks of your own.",
+            default="none",
+        ),
+    ] = None,
     split: Annotated[
         str | None,
         option("--split", panel=DATA, help="Split of a Hub data set.", default="test"),
@@ -84,7 +126,7 @@ def evaluate(
             "--limit",
             panel=DATA,
             metavar="N",
-            help="Only N windows of each text, evenly spread; the result is marked as partial.",
+            help="Only N windows of each text, evenly spread, or N samples of each task.",
             default="all",
             min=1,
         ),
@@ -101,7 +143,7 @@ def evaluate(
     ] = None,
     batch_size: BatchSize = 1,
     path: Annotated[
-        Literal["prefill", "decode"],
+        Literal["prefill", "decode", "both"],
         option(
             "--path",
             panel=DATA,
@@ -146,8 +188,10 @@ def evaluate(
 ) -> None:
     """Measure what a quantized cache costs.
 
-    Perplexity with its standard error, mean KL divergence and top-1 agreement,
-    against the unquantized model on the same tokens. On the prefill path every
+    Perplexity with its standard error, KL divergence and top-1 agreement,
+    against the unquantized model on the same tokens. Other methods can be held
+    against it, charged for every byte that they store; docs/evaluation.md
+    lists them. On the prefill path every
     key and value but sinks and recent tokens is decoded from its code before a
     query sees it. On the decode path each token is one forward through the
     packed cache, and a query's own page of 256 tokens is exact. Effective bits
@@ -158,7 +202,9 @@ def evaluate(
       kvq eval --ppl wikitext2
       kvq eval Qwen/Qwen3-0.6B --sidecar ./q3 --sidecar ./q4 --ppl c4
       kvq eval --ppl builtin --path decode --limit 4
+      kvq eval --baseline kivi2,hadamard4,turboquant3 --ppl builtin
       kvq eval --ppl ./my-text.txt --max-ppl-increase 0.1
+      kvq eval --tasks gsm8k,arc_easy --limit 100
     """
     output: Output = context.obj
     output.configure(as_json=as_json, quiet=quiet, verbose=verbose, no_progress=no_progress)
@@ -166,6 +212,7 @@ def evaluate(
     from importlib.metadata import version
 
     from kvq_calibration.data import load_text
+    from kvq_cli.baselines import make_baselines, parse_baselines
     from kvq_cli.measurement import (
         check_gates,
         check_limits,
@@ -175,7 +222,8 @@ def evaluate(
         tables,
         window_length,
     )
-    from kvq_cli.session import check_file, current_sidecar, new_results_file, write_json
+    from kvq_cli.session import check_file, current_sidecar, new_results_file, recall, write_json
+    from kvq_cli.tasks import find_tasks, measure_tasks, tasks_table
     from kvq_evaluation.sidecars import row_names
     from kvq_formats.fingerprint import check
     from kvq_formats.sidecar import Sidecar
@@ -184,34 +232,39 @@ def evaluate(
 
     check_limits(max_ppl_increase=max_ppl_increase, max_kl=max_kl)
     saved = check_file(new_results_file() if destination is None else destination, schema=SCHEMA)
-    given = list(sidecar) if sidecar else [str(current_sidecar(output))]
+    asked = parse_baselines(baseline)
+    loaded_tasks = None
+    if tasks is not None:
+        loaded_tasks = find_tasks(output, tasks, num_fewshot=num_fewshot, tasks_path=tasks_path)
+    elif num_fewshot is not None or tasks_path is not None:
+        raise ConfigError("--num-fewshot and --tasks-path are about --tasks.", hint="--tasks NAME")
+    given = list(sidecar or ())
+    name = chosen_model(model, model_alias)
+    # Baselines need a model and no sidecar, and take the current one along where there is one.
+    if not given and not (asked and name is not None and recall() is None):
+        given = [str(current_sidecar(output))]
     paths = [find_sidecar(name) for name in given]
     sidecars = dict(zip(row_names(given), map(Sidecar.load, paths), strict=True))
-    name = chosen_model(model, model_alias)
-    first = next(iter(sidecars.values())).base_model
-    if name is None and revision is None:
-        revision = first.revision
-    resolved = resolve_model(
-        name or first.id, revision=revision, trust_remote_code=trust_remote_code
-    )
+    if name is None:
+        first = next(iter(sidecars.values())).base_model
+        name, revision = first.id, revision or first.revision
+    resolved = resolve_model(name, revision=revision, trust_remote_code=trust_remote_code)
     for line in resolved.notes:
         output.note(line)
     for made in sidecars.values():
         for line in check(made.base_model, resolved.record):
             output.warn(line)
+    if ppl is None:
+        ppl = "wikitext2" if loaded_tasks is None else ""
     names = [part.strip() for part in ppl.split(",") if part.strip()]
-    if not names:
+    if not names and loaded_tasks is None:
         raise ConfigError("--ppl names no text.", hint="--ppl wikitext2")
     sources = [
         load_text(text, purpose="eval", split=split, text_column=text_column) for text in names
     ]
-    texts = cut_texts(
-        output,
-        load_tokenizer(resolved),
-        sources,
-        seq_len=window_length(resolved.max_positions, seq_len, output),
-        limit=limit,
-    )
+    length = window_length(resolved.max_positions, seq_len, output)
+    tokenizer = load_tokenizer(resolved)
+    texts = cut_texts(output, tokenizer, sources, seq_len=length, limit=limit)
     loaded = load_model(
         resolved,
         dtype=dtype.value,
@@ -219,8 +272,28 @@ def evaluate(
         attn_implementation=attn_implementation,
         load_in=load_in,
     )
-    measured = measure(output, loaded.model, sidecars, texts, path=path, batch_size=batch_size)
-    gates = check_gates(measured, max_ppl_increase=max_ppl_increase, max_kl=max_kl)
+    baselines = make_baselines(output, asked, loaded.model, tokenizer, sidecars, seq_len=length)
+    measured = measure(
+        output,
+        loaded.model,
+        sidecars,
+        texts,
+        baselines=baselines,
+        path=("prefill", "decode") if path == "both" else path,
+        batch_size=batch_size,
+    )
+    task_rows = []
+    if loaded_tasks is not None:
+        task_rows = measure_tasks(
+            output,
+            loaded.model,
+            tokenizer,
+            sidecars,
+            loaded_tasks,
+            limit=limit,
+            batch_size=batch_size,
+        )
+    gates = check_gates(measured, sidecars, max_ppl_increase=max_ppl_increase, max_kl=max_kl)
     payload = {
         "schema": SCHEMA,
         "kvq_version": version("kvq"),
@@ -230,12 +303,18 @@ def evaluate(
             row: {"path": str(path), "config": made.config.model_dump(mode="json")}
             for path, (row, made) in zip(paths, sidecars.items(), strict=True)
         },
+        "baselines": {one.name: one.method.summary for one in asked},
+        "tasks": [row.to_json() for row in task_rows],
         "gates": [gate.to_json() for gate in gates],
     }
     write_json(saved, {**payload, "texts": [text.to_json(per_window=True) for text in measured]})
     payload["texts"] = [text.to_json(per_window=False) for text in measured]
     payload["results"] = str(saved)
-    output.result(payload, *tables(measured))
+    drawn = [*tables(measured), *([tasks_table(task_rows)] if task_rows else [])]
+    output.result(payload, *drawn)
     output.note(f"raw results are in {saved}")
     raise_missed(gates)
-    output.next(shlex.join(["kvq", "generate", "--sidecar", given[0]]))
+    if given:
+        output.next(shlex.join(["kvq", "generate", "--sidecar", given[0]]))
+    else:
+        output.next(shlex.join(["kvq", "calibrate", name, "--bits", "3"]))

@@ -293,11 +293,11 @@ def test_a_run_goes_on_where_it_stopped(
     output = tmp_path / "table.csv"
     given = arguments(tiny_model_dir, text_file, output, "--bits", "16,2", "--published", "none")
     with monkeypatch.context() as interrupted:
-        count_calls(interrupted, "evaluate_sidecars", fail_at=2)
+        count_calls(interrupted, "evaluate_caches", fail_at=2)
         with pytest.raises(KeyboardInterrupt):
             paper_table.run(given)
     assert [row["name"] for row in rows_of(output)] == ["unquantized", "2 bit NUQ"]
-    calls = count_calls(monkeypatch, "evaluate_sidecars")
+    calls = count_calls(monkeypatch, "evaluate_caches")
     loads = count_calls(monkeypatch, "load_model")
     paper_table.run(given)
     assert (len(calls), len(loads)) == (1, 1)

@@ -273,7 +273,7 @@ def test_both_kinds_of_requests_read_what_is_quantized(
 
     def watched(*arguments: Any, rule: str, **others: Any) -> Any:
         rules.append(rule)
-        return attach(*arguments, rule=rule, **others)  # type: ignore[arg-type]
+        return attach(*arguments, rule=rule, **others)
 
     monkeypatch.setattr("kvq_runtime.attach.attach", watched)
     implementation = model.config._attn_implementation

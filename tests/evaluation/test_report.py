@@ -13,15 +13,9 @@ from transformers import LlamaForCausalLM
 
 from garbage import with_garbage_codebooks
 from kvq_calibration.pipeline import calibrate
+from kvq_evaluation.caches import decoding_reads_codes, evaluate_caches, sidecar_bits
 from kvq_evaluation.perplexity import UNQUANTIZED, MeasuredPath
-from kvq_evaluation.report import (
-    HEADERS,
-    EvaluationRow,
-    decoding_reads_codes,
-    evaluate_sidecars,
-    sidecar_bits,
-    table,
-)
+from kvq_evaluation.report import HEADERS, EvaluationRow, table
 from kvq_evaluation.statistics import WindowMetrics
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.errors import FingerprintMismatchError
@@ -98,9 +92,13 @@ def test_json_is_plain_and_complete() -> None:
 def test_table_cells() -> None:
     drawn = table(two_rows())
     assert drawn.headers == HEADERS
-    assert drawn.rows[0] == (UNQUANTIZED, "16.00", "9.025 ± 1.805", "", "", "90.00 %", "prefill")
+    assert drawn.rows[0] == (
+        UNQUANTIZED, "16.00", "9.025 ± 1.805", "", "", "", "90.00 %", "prefill",
+    )  # fmt: skip
     assert drawn.rows[1][:2] == ("3 bit", "3.44")
     assert drawn.rows[1][4] == "0.06000 ± 0.01000"
+    # Window sums alone say nothing of single tokens.
+    assert drawn.rows[1][5] == ""
     assert drawn.caption == "text: 2 windows, 20 tokens scored"
 
 
@@ -123,7 +121,7 @@ def test_no_rows_no_caption() -> None:
 def test_sidecars_are_measured(tiny_llama: LlamaForCausalLM) -> None:
     four, two = make_sidecar(tiny_llama, bits=4), make_sidecar(tiny_llama, bits=2)
     # More than four pages, so that complete and incomplete pages take part.
-    rows = evaluate_sidecars(
+    rows = evaluate_caches(
         tiny_llama,
         random_windows(1, 1100, seed=4)[:, :1024],
         {"four": four, "two": two, "garbage": with_garbage_codebooks(four)},
@@ -151,7 +149,7 @@ def test_layers_of_different_widths_have_the_mean_of_their_bits(
     ends = zip(sidecar_bits(four, tokens=1024), sidecar_bits(two, tokens=1024), strict=True)
     means = [(high + low) / 2 for high, low in ends]
     assert sidecar_bits(mixed, tokens=1024) == pytest.approx(means)
-    rows = evaluate_sidecars(
+    rows = evaluate_caches(
         tiny_llama,
         random_windows(1, 600, seed=4),
         {"four": four, "mixed": mixed, "two": two},
@@ -168,7 +166,7 @@ def test_sidecars_are_measured_by_decoding(tiny_llama: LlamaForCausalLM) -> None
     # Three complete pages: own pages are exact, so that only older ones can do harm.
     windows = random_windows(1, 3 * PAGE_TOKENS + 20, seed=4)
     decoded, whole = (
-        evaluate_sidecars(tiny_llama, windows, sidecars, dataset="random", path=path)
+        evaluate_caches(tiny_llama, windows, sidecars, dataset="random", path=path)
         for path in get_args(MeasuredPath)[::-1]
     )
     assert [row.path for row in decoded] == ["prefill", "decode", "decode"]
@@ -194,7 +192,7 @@ def test_decoding_less_than_a_page_is_exact(tiny_llama: LlamaForCausalLM) -> Non
     assert decoding_reads_codes(sidecar.config, tokens=first.shape[1])
     sidecars = {"garbage": with_garbage_codebooks(sidecar)}
     options = {"dataset": "random", "path": "decode"}
-    _, row = evaluate_sidecars(tiny_llama, exact, sidecars, **options)
+    _, row = evaluate_caches(tiny_llama, exact, sidecars, **options)
     with torch.no_grad():
         logits = tiny_llama(exact).logits[0]
     widest = float((logits.amax(-1) - logits.amin(-1)).max())
@@ -207,7 +205,7 @@ def test_decoding_less_than_a_page_is_exact(tiny_llama: LlamaForCausalLM) -> Non
     assert row.agreement == 1
     # The next query is the first that reads a page from its codes, and these are garbage: the mean
     # over all tokens rises by its share.
-    _, row = evaluate_sidecars(tiny_llama, first, sidecars, **options)
+    _, row = evaluate_caches(tiny_llama, first, sidecars, **options)
     assert row.kl > 10 * (difference**2 / 2 + rounding)
 
 
@@ -222,10 +220,10 @@ def test_a_path_is_measured_under_its_rule(
         rules.append(rule)
         yield
 
-    monkeypatch.setattr("kvq_evaluation.report.attach", stock)
+    monkeypatch.setattr("kvq_evaluation.caches.attach", stock)
     sidecar = make_sidecar(tiny_llama, bits=4)
     windows = random_windows(2, 300, seed=4)
-    rows = evaluate_sidecars(tiny_llama, windows, {"four": sidecar}, dataset="random", path=path)
+    rows = evaluate_caches(tiny_llama, windows, {"four": sidecar}, dataset="random", path=path)
     assert rules == [rule] * 2
     # Nothing but the sidecar's row is decoded; what it holds at that length is the same.
     assert [row.path for row in rows] == ["prefill", path]
@@ -250,6 +248,6 @@ def test_a_sidecar_of_another_model_is_refused(tiny_llama: LlamaForCausalLM) -> 
     other = record.fingerprint.model_copy(update={"num_kv_heads": 4})
     moved = replace(sidecar, base_model=record.model_copy(update={"fingerprint": other}))
     with pytest.raises(FingerprintMismatchError):
-        evaluate_sidecars(
+        evaluate_caches(
             tiny_llama, random_windows(1, 40, seed=4), {"moved": moved}, dataset="random"
         )

@@ -11,8 +11,8 @@ from garbage import with_garbage_codebooks
 from kvq_calibration.data import load_text, token_windows
 from kvq_calibration.pipeline import calibrate
 from kvq_evaluation.baselines.int_per_token import IntPerToken
+from kvq_evaluation.caches import evaluate_caches
 from kvq_evaluation.perplexity import evaluate
-from kvq_evaluation.report import evaluate_sidecars
 from kvq_evaluation.rescale import outlier_channels
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.fingerprint import Fingerprint
@@ -63,7 +63,7 @@ def test_garbage_codebooks_wreck_perplexity(
 ) -> None:
     sidecar = three_bits(model, calibration_windows)
     sidecars = {"3 bit": sidecar, "garbage": with_garbage_codebooks(sidecar)}
-    unquantized, ours, garbage = evaluate_sidecars(model, dev_window, sidecars, dataset="dev")
+    unquantized, ours, garbage = evaluate_caches(model, dev_window, sidecars, dataset="dev")
     assert ours.perplexity < 1.1 * unquantized.perplexity
     assert garbage.perplexity > 2 * unquantized.perplexity
     assert garbage.kl > 20 * ours.kl
@@ -77,7 +77,7 @@ def test_garbage_codebooks_wreck_decoding(
     # Half of the queries have a page behind them that they read from codes. This model attends to
     # its own page for the most part, which is exact.
     window = dev_window[:, : 2 * PAGE_TOKENS + 40]
-    unquantized, ours, garbage = evaluate_sidecars(
+    unquantized, ours, garbage = evaluate_caches(
         model, window, sidecars, dataset="dev", path="decode"
     )
     assert ours.perplexity < 1.02 * unquantized.perplexity
@@ -94,7 +94,7 @@ def test_wide_channels_hurt_codes_a_token_and_not_ours(
             model, dev_window, variants={"int3": lambda: attach_codec(model, codec)}
         )
         sidecar = three_bits(model, calibration_windows)
-        _, ours = evaluate_sidecars(model, dev_window, {"3 bit": sidecar}, dataset="dev")
+        _, ours = evaluate_caches(model, dev_window, {"3 bit": sidecar}, dataset="dev")
         return uniform.mean_kl.mean, ours.kl
 
     uniform, ours = divergences()

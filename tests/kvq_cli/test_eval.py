@@ -10,6 +10,7 @@ from command_line import Kvq
 from kvq_cli.output import Output
 from kvq_cli.session import cache_folder, remember
 from kvq_formats.config import PAGE_TOKENS
+from local_tasks import choice_task
 
 FEW = ("--limit", 2, "--seq-len", 64)
 
@@ -24,7 +25,18 @@ def test_the_current_sidecar_on_the_default_text(kvq: Kvq, sidecar: Path) -> Non
     ran = kvq("eval", *FEW)
     assert ran.code == 0
     header = next(line for line in ran.stdout.splitlines() if "ppl" in line)
-    assert header.split() == ["cache", "bits", "eff", "ppl", "Δ", "KL", "agree", "path"]
+    assert header.split() == [
+        "cache",
+        "bits",
+        "eff",
+        "ppl",
+        "Δ",
+        "KL",
+        "KL",
+        "p99",
+        "agree",
+        "path",
+    ]
     first, second = (
         next(line for line in ran.stdout.splitlines() if line.startswith(f" {name}"))
         for name in ("unquantized", sidecar.name)
@@ -272,3 +284,64 @@ def test_the_embedded_models_sidecar_needs_no_model(
     ran = kvq("eval", "--ppl", text_file, "--json", *FEW)
     assert ran.code == 0
     assert ran.json["base_model"]["id"] == "kvq/tiny-llama"
+
+
+def test_baselines_stand_beside_sidecars_on_both_paths(kvq: Kvq, sidecar: Path) -> None:
+    ran = kvq("eval", "--sidecar", sidecar, "--baseline", "kivi2-g16,fp8", "--path", "both", *FEW,
+              "--json")  # fmt: skip
+    assert ran.code == 0
+    rows = ran.json["texts"][0]["rows"]
+    expected = [("unquantized", "prefill")]
+    for path in ("prefill", "decode"):
+        expected += [(name, path) for name in (sidecar.name, "kivi2-g16", "fp8")]
+    assert [(row["name"], row["path"]) for row in rows] == expected
+    by = {(row["name"], row["path"]): row for row in rows}
+    # 8 bits, and the share of one sink at 16.
+    tokens = by["fp8", "prefill"]["effective_bits"]
+    assert 8 < tokens < 8.2
+    for name in (sidecar.name, "kivi2-g16", "fp8"):
+        # A query's own page is exact when decoding.
+        assert by[name, "decode"]["kl"] < by[name, "prefill"]["kl"]
+        assert by[name, "prefill"]["kl_median"] <= by[name, "prefill"]["kl_p99"]
+        assert set(by[name, "prefill"]["attention_error"]) == {"0", "1"}
+    assert set(ran.json["baselines"]) == {"kivi2-g16", "fp8"}
+
+
+def test_baselines_alone_need_a_model(kvq: Kvq, tiny_model_dir: Path) -> None:
+    ran = kvq("eval", tiny_model_dir, "--baseline", "hadamard4", *FEW, "--json")
+    assert ran.code == 0
+    assert [row["name"] for row in ran.json["texts"][0]["rows"]] == ["unquantized", "hadamard4"]
+    assert ran.json["sidecars"] == {}
+    assert kvq("eval", "--baseline", "hadamard4", *FEW).code == 1
+
+
+def test_a_baseline_that_is_none_is_said_before_anything_is_loaded(kvq: Kvq, sidecar: Path) -> None:
+    ran = kvq("eval", "--sidecar", sidecar, "--baseline", "kivy2", *FEW)
+    assert ran.code == 2
+    assert "Did you mean kivi?" in ran.stderr
+
+
+def test_gates_are_for_sidecars_alone(kvq: Kvq, sidecar: Path) -> None:
+    given = ("eval", "--sidecar", sidecar, "--baseline", "hadamard2", *FEW, "--json")
+    rows = {row["name"]: row["kl"] for row in kvq(*given).json["texts"][0]["rows"]}
+    ran = kvq(*given, "--max-kl", 1.01 * rows[sidecar.name])
+    assert ran.code == 0
+    assert [gate["name"] for gate in ran.json["gates"]] == [sidecar.name]
+
+
+def test_tasks_of_a_folder(kvq: Kvq, sidecar: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason='tasks need lm_eval: pip install "kvq[eval]"')
+    choice_task(tmp_path, documents=3)
+    given = ("eval", "--sidecar", sidecar, "--tasks", "own_choice", "--tasks-path", tmp_path)
+    ran = kvq(*given, "--limit", 2, "--json")
+    assert ran.code == 0
+    assert ran.json["texts"] == []
+    assert [row["name"] for row in ran.json["tasks"]] == ["unquantized", sidecar.name]
+    assert {row["samples"] for row in ran.json["tasks"]} == {2}
+    assert "own_choice" in kvq(*given).stdout
+
+
+def test_options_of_tasks_without_tasks(kvq: Kvq, sidecar: Path) -> None:
+    ran = kvq("eval", "--sidecar", sidecar, "--num-fewshot", 3, *FEW)
+    assert ran.code == 2
+    assert "--tasks" in ran.stderr

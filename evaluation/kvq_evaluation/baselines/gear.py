@@ -3,9 +3,8 @@
 Kang et al., arXiv 2403.05527, section 3: ``X = D + L + S``.
 
 - S: of each key channel along the tokens, and of each token's values of all heads, the share
-  ``outlier_fraction / 2`` of largest and as many smallest numbers, kept in fp16. Their vector's
-  mean takes their place before quantization (their code, opengear-project/GEAR,
-  ``GenerationBench/GenerationTest/GEARLM/Simulated/compress_function.py``).
+  ``outlier_fraction / 2`` of largest and as many smallest numbers, in fp16. Their vector's mean
+  takes their place (opengear-project/GEAR, ``GEARLM/Simulated/compress_function.py``).
 - D: uniform codes in KIVI's groups, of 64 in their scripts at 2 bits.
 - L: the best approximation of rank 4 (their prefill) to ``X - D - S``, a head at a time, factors
   in fp16; by exact singular vectors, where they iterate from a random start.

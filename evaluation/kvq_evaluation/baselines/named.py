@@ -124,17 +124,21 @@ def _methods() -> dict[str, Method]:
     from functools import partial
 
     from kvq_evaluation.baselines.fp8 import Fp8
+    from kvq_evaluation.baselines.gear import Gear
     from kvq_evaluation.baselines.hadamard_int import HadamardInt
     from kvq_evaluation.baselines.int_per_token import IntPerToken
     from kvq_evaluation.baselines.int_per_token_head import IntPerTokenHead
     from kvq_evaluation.baselines.kivi import Kivi
     from kvq_evaluation.baselines.kvquant import KVQuant
+    from kvq_evaluation.baselines.mikv import MiKV
     from kvq_evaluation.baselines.normal_float import NormalFloat
     from kvq_evaluation.baselines.nvfp4 import Nvfp4
     from kvq_evaluation.baselines.oscar import Oscar
     from kvq_evaluation.baselines.qserve import QServe
     from kvq_evaluation.baselines.rotate_kv import RotateKV
     from kvq_evaluation.baselines.turboquant import TurboQuant
+    from kvq_evaluation.baselines.vid_kv import VidKV
+    from kvq_evaluation.baselines.zipcache import ZipCache
 
     return {
         "int": Method("integers, a scale a token and head", IntPerTokenHead, groups=True),
@@ -170,4 +174,8 @@ def _methods() -> dict[str, Method]:
             groups=True,
             calibrated=True,
         ),
+        "gear": Method("groups, low rank and outliers", Gear, groups=True),
+        "zipcache": Method("4 and 2 bits by saliency", ZipCache, widths=()),
+        "mikv": Method("4 and 2 bits by accumulated attention", MiKV, widths=()),
+        "vidkv": Method("1.5-bit keys, ternary values", VidKV, widths=()),
     }

@@ -8,6 +8,7 @@ import torch
 from kvq_evaluation.baselines.named import BaselineName, method_summaries
 from kvq_evaluation.samples import LayerSamples
 from kvq_formats.errors import ConfigError
+from kvq_runtime.evaluation_rule import QueryAwareCodec
 
 H, D, T = 2, 64, 96
 
@@ -22,13 +23,22 @@ def samples() -> dict[int, LayerSamples]:
     return {i: LayerSamples(some(H), some(H), some(H), some(4), *squares) for i in (0, 1)}
 
 
+def method_widths(method: str) -> bool:
+    """Whether a method's name goes on with its bits."""
+    try:
+        BaselineName.parse(method)
+    except ConfigError:
+        return True
+    return False
+
+
 def unasked() -> dict[int, LayerSamples]:
     raise AssertionError("samples were taken for a method that needs none")
 
 
 @pytest.mark.parametrize("method", method_summaries())
 def test_every_method_makes_a_codec(method: str) -> None:
-    name = method if method in ("fp8", "nvfp4") else f"{method}4"
+    name = f"{method}4" if method_widths(method) else method
     parsed = BaselineName.parse(name)
     codec = parsed.make(
         layers=(0, 1),
@@ -38,9 +48,13 @@ def test_every_method_makes_a_codec(method: str) -> None:
     assert set(codec.layers) == {0, 1}
     assert codec.sink_tokens == 1
     keys = torch.randn(H, 40, D, generator=torch.Generator().manual_seed(1))
-    assert codec.decoded_keys(0, keys).shape == codec.decoded_values(1, keys).shape == keys.shape
-    # A code and what is said of scales; KVQuant's code keeps a codebook of 32 bits a token.
-    assert 4 <= codec.effective_bits(H, D, tokens=4096) < 9
+    if isinstance(codec, QueryAwareCodec):
+        decoded = codec.decoded_pair(0, torch.cat([keys, keys]), keys, keys)
+    else:
+        decoded = codec.decoded_keys(0, keys), codec.decoded_values(1, keys)
+    assert [x.shape for x in decoded] == [keys.shape] * 2
+    # Codes of 1.5 to 8 bits and what goes with them: KVQuant's code keeps a codebook a token.
+    assert 1.5 < codec.effective_bits(H, D, tokens=4096) < 9
 
 
 def test_bits_and_groups_arrive() -> None:
