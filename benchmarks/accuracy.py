@@ -1,279 +1,210 @@
-"""What quantization costs, method against method, on the same windows under the evaluation rule.
+"""What quantization costs, method against method: the tables and the plot of ``docs/accuracy.md``.
 
-    python benchmarks/accuracy.py --model DIR --dataset dev -o benchmarks/results/accuracy-dev.csv
+    python benchmarks/accuracy.py
 
-Choices are made on ``dev``; ``test`` (WikiText-2) is run for tables. Three files are written: rows
-(the name given), paired comparisons (``-comparisons``) and the demonstration with widened channels
-(``-rescale``). The model runs in f32, so that differences are the cache's alone.
+Three models: the embedded one, the same with channels made eight times wider without changing what
+it computes, and a small Qwen3 with heads of 128 numbers. Every cache sees the same windows of
+WikiText-2 test under the evaluation rule, and the first of them under the runtime rule; ours token by
+token through the packed cache. Models run in f32, so that differences are the cache's alone. Rows go
+to ``benchmarks/results/accuracy-MODEL.csv``; the page and its plot are drawn from them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-import torch
-from accuracy_variants import (
-    GARBAGE,
-    Baseline,
-    Comparison,
-    baselines,
-    choices,
-    comparisons,
-    configs,
-    garbage,
-    ours,
-)
-from results_csv import PlainProgress, provenance, write_csv
-from shared_measurement import calibrate_all
-from torch import Tensor
-from transformers import PreTrainedModel
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
+QWEN3 = REPOSITORY / "benchmarks" / "models" / "tiny-qwen3"
 
-from kvq_calibration.data import load_text, token_windows
-from kvq_evaluation.caches import sidecar_bits
-from kvq_evaluation.perplexity import UNQUANTIZED, Variant, evaluate
-from kvq_evaluation.report import EvaluationRow, table, with_error
-from kvq_evaluation.rescale import outlier_channels
-from kvq_evaluation.statistics import paired_difference
-from kvq_formats.config import KVQConfig
-from kvq_formats.errors import KVQError
-from kvq_formats.records import BaseModelRecord, CalibrationRecord
-from kvq_runtime.attach import attach
-from kvq_runtime.evaluation_rule import attach_codec
-from kvq_runtime.models import load_model, quantized_layers, resolve_model
+MODELS = {
+    "tiny-llama": "the embedded Llama",
+    "tiny-llama-outliers": "the same with wide channels",
+    "tiny-qwen3": "a small Qwen3",
+}
+"""Name -> what it is; each is measured by a process of its own."""
 
-DATASETS = {"dev": "builtin:dev", "test": "builtin"}
-F32_BITS = 32.0
+SEQ_LEN = 1024
+NUM_SAMPLES = 16
+WINDOWS, DECODED_WINDOWS = 12, 3
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all runs share: model, text to calibrate on, text to evaluate on (int64 ``[S, T]``)."""
+def measure(name: str, *, dataset: str, windows: int, decoded: int) -> list[dict[str, Any]]:
+    """Rows of one model."""
+    import torch
+    from accuracy_caches import GARBAGE
+    from accuracy_garbage import garbage
+    from results_csv import PlainProgress, provenance
 
-    model: PreTrainedModel
-    record: BaseModelRecord
-    calibration: CalibrationRecord
-    calibration_windows: Tensor
-    windows: Tensor
-    dataset: str
-    windows_available: int
+    from kvq_calibration.data import load_text, token_windows
+    from kvq_evaluation.caches import evaluate_caches
+    from kvq_evaluation.rescale import outlier_channels
+    from kvq_runtime.embedded import embedded_model_path
+    from kvq_runtime.models import load_model, resolve_model
 
-
-def measure(
-    setting: Setting,
-    named: Mapping[str, KVQConfig],
-    uncalibrated: Mapping[str, Baseline],
-    *,
-    garbage_of: str | None = None,
-) -> list[EvaluationRow]:
-    """Calibrate and evaluate on the setting's model as it is now; the unquantized row first."""
+    torch.manual_seed(0)
     progress = PlainProgress()
-    sidecars = calibrate_all(
-        setting.model,
-        setting.calibration_windows,
-        named,
-        base_model=setting.record,
-        calibration=setting.calibration,
-        progress=progress,
+    path = QWEN3 if name == "tiny-qwen3" else embedded_model_path()
+    loaded = load_model(resolve_model(str(path)), dtype="float32")
+    widened = name.endswith("outliers")
+    context = (
+        outlier_channels(loaded.model, key_pairs=2, value_channels=1) if widened else nullcontext()
     )
-    if garbage_of is not None:
-        sidecars[GARBAGE] = garbage(sidecars[garbage_of])
-    variants: dict[str, Variant] = {
-        name: partial(attach, setting.model, sidecar, rule="evaluation")
-        for name, sidecar in sidecars.items()
-    }
-    variants |= {
-        name: partial(attach_codec, setting.model, codec) for name, codec in uncalibrated.items()
-    }
-    measured = evaluate(setting.model, setting.windows, variants=variants, progress=progress)
-    tokens = setting.windows.shape[1]
-    shape = setting.record.fingerprint
-    bits = {UNQUANTIZED: (F32_BITS, F32_BITS)}
-    bits |= {name: sidecar_bits(sidecar, tokens=tokens) for name, sidecar in sidecars.items()}
-    for name, codec in uncalibrated.items():
-        # These methods have no pages, so nothing is unfinished.
-        counted = codec.effective_bits(shape.num_kv_heads, shape.head_dim, tokens=tokens)
-        bits[name] = (counted, counted)
-    return [
-        EvaluationRow.from_metrics(
-            metrics,
-            reference=measured[0],
-            dataset=setting.dataset,
-            effective_bits=bits[metrics.name][0],
-            effective_bits_total=bits[metrics.name][1],
-            windows_available=setting.windows_available,
+    text = load_text(dataset, purpose="eval")
+    cut = token_windows(loaded.tokenizer, text, num_windows=windows, seq_len=SEQ_LEN)
+    rows: list[dict[str, Any]] = []
+    with context:
+        origin = provenance(loaded.model, name=name, seq_len=SEQ_LEN)
+        sidecars, baselines = _caches(loaded, progress)
+        first = next(iter(sidecars.values()))
+        sidecars[GARBAGE] = garbage(first)
+        for path_name, used in (("prefill", windows), ("decode", decoded)):
+            rows += [
+                {**origin, **_plain(row)}
+                for row in evaluate_caches(
+                    loaded.model,
+                    cut.input_ids[:used],
+                    sidecars if path_name == "prefill" else _first_seeds(sidecars),
+                    baselines if path_name == "prefill" else _first_seeds(baselines),
+                    dataset=cut.name,
+                    windows_available=cut.windows_total,
+                    path=path_name,  # type: ignore[arg-type]
+                    progress=progress,
+                )
+            ]
+    return rows
+
+
+def _caches(loaded: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sidecars and baselines by name; ``name @ seed`` where there are several seeds."""
+    from accuracy_caches import RIVALS, SEEDED, SEEDS, ours
+    from shared_measurement import calibrate_all
+
+    from kvq_calibration.data import load_text, token_windows
+    from kvq_evaluation.baselines.named import BaselineName
+    from kvq_evaluation.samples import collect_samples
+    from kvq_formats.records import CalibrationRecord
+    from kvq_runtime.models import quantized_layers
+
+    sidecars: dict[str, Any] = {}
+    baselines: dict[str, Any] = {}
+    layers = quantized_layers(loaded.model.config)
+    for place, seed in enumerate(SEEDS):
+        samples = token_windows(
+            loaded.tokenizer,
+            load_text("builtin", purpose="calibrate"),
+            num_windows=NUM_SAMPLES,
+            seq_len=SEQ_LEN,
+            seed=seed,
         )
-        for metrics in measured
-    ]
-
-
-def compare(rows: Mapping[str, EvaluationRow], pairs: list[Comparison]) -> list[dict[str, object]]:
-    """Each pair with its paired standard error, and whether a bar is met."""
-    records: list[dict[str, object]] = []
-    for pair in pairs:
-        a, b = rows[pair.variant], rows[pair.other]
-        assert a.metrics is not None
-        assert b.metrics is not None
-        difference = paired_difference(a.metrics, b.metrics, factor=pair.factor)
-        verdict = "no difference"
-        if difference.counts:
-            verdict = "lower" if difference.mean < 0 else "higher"
-        met = verdict == "lower" and a.effective_bits <= b.effective_bits
-        records.append(
-            {
-                "variant": pair.variant,
-                "factor": pair.factor,
-                "other": pair.other,
-                "kl": a.kl,
-                "kl_other": b.kl,
-                "kl_ratio": a.kl / b.kl,
-                "difference": difference.mean,
-                "difference_stderr": difference.stderr,
-                "verdict": verdict,
-                "effective_bits": a.effective_bits,
-                "effective_bits_other": b.effective_bits,
-                "bar": pair.bar,
-                "bar_met": ("yes" if met else "no") if pair.bar else "",
-            }
+        record = CalibrationRecord(
+            dataset=samples.name, revision=samples.revision, num_samples=NUM_SAMPLES,
+            seq_len=SEQ_LEN, seed=seed, token_sha256=samples.token_sha256,
+        )  # fmt: skip
+        wanted = [one for one in ours() if place < one.seeds]
+        made = calibrate_all(
+            loaded.model,
+            samples.input_ids,
+            {one.name: one.config for one in wanted},
+            average_bits={o.name: o.average_bits for o in wanted if o.average_bits is not None},
+            base_model=loaded.record,
+            calibration=record,
+            progress=progress,
         )
-    return records
+        sidecars |= {f"{one} @ {seed}": sidecar for one, sidecar in made.items()}
+        asked = [
+            BaselineName.parse(one)
+            for settings in RIVALS.values()
+            for one in settings
+            if place == 0 or one.rstrip("234") in SEEDED
+        ]
+        learned = collect_samples(loaded.model, samples.input_ids)
+        for one in asked:
+            baselines[f"{one.name} @ {seed}"] = one.make(
+                layers=layers, samples=lambda learned=learned: learned, sink_tokens=1
+            )
+    return sidecars, baselines
 
 
-def rescale_demonstration(setting: Setting, bits: int) -> list[dict[str, object]]:
-    """The same function with wider channels: what it does to codes a token and to ours."""
-    layers = quantized_layers(setting.model.config)
-    named = {ours(bits): configs(bits)[ours(bits)]}
-    contexts: dict[str, AbstractContextManager[object]] = {
-        "as trained": nullcontext(),
-        "2 key pairs a head x8": outlier_channels(setting.model, key_pairs=2, value_channels=0),
-        "2 key pairs and 1 value channel a head x8": outlier_channels(
-            setting.model, key_pairs=2, value_channels=1
-        ),
+def _first_seeds(caches: dict[str, Any]) -> dict[str, Any]:
+    return {name: one for name, one in caches.items() if "@" not in name or name.endswith("@ 0")}
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    """A row's numbers, its name and seed apart; what windows summed to in one cell each."""
+    name, _, seed = row.name.partition(" @ ")
+    plain = {k: v for k, v in row.to_json().items() if k not in ("per_window", "attention_error")}
+    errors = list(row.attention_error.values())
+    return {
+        **plain,
+        "name": name,
+        "seed": seed,
+        "attention_error": sum(errors) / len(errors) if errors else None,
+        "attention_error_by_layer": " ".join(f"{error:.4g}" for error in errors),
+        "window_kl": " ".join(f"{kl:.6g}" for kl in row.metrics.kl.tolist()),
     }
-    records: list[dict[str, object]] = []
-    for weights, context in contexts.items():
-        print(f"rescale: {weights}", file=sys.stderr)
-        with context:
-            rows = measure(setting, named, baselines(bits, layers))
-        records.extend({"weights": weights, **plain(row)} for row in rows)
-    return records
-
-
-def plain(row: EvaluationRow) -> dict[str, object]:
-    """A row's numbers without its windows."""
-    return {name: value for name, value in row.to_json().items() if name != "per_window"}
-
-
-def prepare(arguments: argparse.Namespace) -> Setting:
-    """Load the model in f32 and cut both texts."""
-    resolved = resolve_model(arguments.model)
-    loaded = load_model(resolved, dtype="float32")
-    dataset = DATASETS.get(arguments.dataset, arguments.dataset)
-    cut = token_windows(
-        loaded.tokenizer,
-        load_text(dataset, purpose="eval"),
-        num_windows=arguments.limit,
-        seq_len=arguments.seq_len,
-    )
-    samples = token_windows(
-        loaded.tokenizer,
-        load_text("builtin", purpose="calibrate"),
-        num_windows=arguments.num_samples,
-        seq_len=arguments.seq_len,
-    )
-    calibration = CalibrationRecord(
-        dataset=samples.name,
-        revision=samples.revision,
-        num_samples=arguments.num_samples,
-        seq_len=arguments.seq_len,
-        seed=0,
-        token_sha256=samples.token_sha256,
-    )
-    return Setting(
-        model=loaded.model,
-        record=loaded.record,
-        calibration=calibration,
-        calibration_windows=samples.input_ids,
-        windows=cut.input_ids,
-        dataset=cut.name,
-        windows_available=cut.windows_total,
-    )
 
 
 def main() -> None:
-    """Run the tables and write them before anything is printed."""
+    """Measure the models, two at a time, and draw the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder or Hub id")
-    parser.add_argument("--dataset", default="dev", help="dev, test, or what kvq eval --ppl takes")
-    parser.add_argument("--limit", type=int, help="windows [all]")
-    parser.add_argument("--seq-len", type=int, default=1024, help="tokens a window [1024]")
-    parser.add_argument("--num-samples", type=int, default=16, help="calibration windows [16]")
-    parser.add_argument("--bits", default="2,3,4", help="widths [2,3,4]")
-    parser.add_argument("--no-choices", action="store_true", help="only the ladder and the bars")
-    parser.add_argument("--rescale-bits", type=int, default=3, help="width of the demonstration")
-    parser.add_argument("--rescale-windows", type=int, default=16, help="of them, at most [16]")
-    parser.add_argument("--no-rescale", action="store_true", help="leave the demonstration out")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="CSV to write")
+    parser.add_argument("--model", choices=MODELS, action="append", help="one of them [all]")
+    parser.add_argument("--dataset", default="builtin", help="builtin (WikiText-2 test)")
+    parser.add_argument("--windows", type=int, default=WINDOWS)
+    parser.add_argument("--decoded-windows", type=int, default=DECODED_WINDOWS)
+    parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder of the CSVs")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--here", action="store_true", help="measure in this process; no page")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    try:
-        run(arguments)
-    except KVQError as error:
-        sys.exit(f"Error: {error}" + (f"\nHint: {error.hint}" if error.hint else ""))
+    models = arguments.model or list(MODELS)
+    if arguments.here:
+        from results_csv import write_csv
+
+        for name in models:
+            rows = measure(
+                name,
+                dataset=arguments.dataset,
+                windows=arguments.windows,
+                decoded=arguments.decoded_windows,
+            )
+            write_csv(arguments.output / f"accuracy-{name}.csv", rows)
+        return
+    begun = time.monotonic()
+    _run_all(models, arguments)
+    print(f"measured in {(time.monotonic() - begun) / 60:.1f} minutes", file=sys.stderr)
+    from accuracy_page import write_page
+
+    write_page(arguments.output)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """The tables of the widths asked for, then the demonstration."""
-    setting = prepare(arguments)
-    origin = provenance(setting.model, name=setting.record.name, seq_len=arguments.seq_len)
-    widths = [int(width) for width in arguments.bits.split(",")]
-    layers = quantized_layers(setting.model.config)
-    named: dict[str, KVQConfig] = {}
-    uncalibrated: dict[str, Baseline] = {}
-    pairs: list[Comparison] = []
-    for bits in widths:
-        named |= configs(bits)
-        uncalibrated |= baselines(bits, layers)
-        pairs += comparisons(bits)
-        if not arguments.no_choices:
-            named |= {name: config for name, (_, config) in choices(bits).items()}
-            pairs += [Comparison(name, other) for name, (other, _) in choices(bits).items()]
-    rows = measure(setting, named, uncalibrated, garbage_of=ours(widths[0]))
-    compared = compare({row.name: row for row in rows}, pairs)
-    output: Path = arguments.output
-    write_csv(output, [origin | plain(row) for row in rows])
-    write_csv(_beside(output, "comparisons"), [origin | record for record in compared])
-    print_rows(rows)
-    for record in compared:
-        print(
-            f"{record['variant']} : {record['factor']} x {record['other']}: "
-            f"{record['difference']:+.5f} ± {record['difference_stderr'] or 0:.5f} "
-            f"{record['verdict']} {record['bar']} {record['bar_met']}"
-        )
-    if not arguments.no_rescale:
-        few = replace(setting, windows=setting.windows[: arguments.rescale_windows])
-        demonstrated = rescale_demonstration(few, arguments.rescale_bits)
-        write_csv(_beside(output, "rescale"), [origin | record for record in demonstrated])
-        for record in demonstrated:
-            kl = with_error(record["kl"], record["kl_stderr"], digits=5)  # type: ignore[arg-type]
-            print(f"{record['weights']:<44} {record['name']:<28} KL {kl}")
-
-
-def _beside(path: Path, what: str) -> Path:
-    return path.with_name(f"{path.stem}-{what}{path.suffix}")
-
-
-def print_rows(rows: list[EvaluationRow]) -> None:
-    """The table in plain columns."""
-    drawn = table(rows)
-    print(drawn.caption)
-    for cells in (drawn.headers, *drawn.rows):
-        print(f"{cells[0]:<30}" + "  ".join(f"{cell:>18}" for cell in cells[1:]))
+def _run_all(models: list[str], arguments: argparse.Namespace) -> None:
+    """One process a model, as many at once as asked for, a thread each; raises SystemExit."""
+    waiting, running = list(models), {}
+    while waiting or running:
+        while waiting and len(running) < arguments.processes:
+            name = waiting.pop(0)
+            command = [
+                sys.executable, __file__, "--here", "--model", name, "--dataset",
+                arguments.dataset, "--windows", str(arguments.windows), "--decoded-windows",
+                str(arguments.decoded_windows), "-o", str(arguments.output),
+            ]  # fmt: skip
+            running[name] = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        time.sleep(0.5)
+        for name, process in list(running.items()):
+            if (code := process.poll()) is None:
+                continue
+            del running[name]
+            if code:
+                for other in running.values():
+                    other.terminate()
+                sys.exit(f"{name} failed with exit code {code}")
 
 
 if __name__ == "__main__":

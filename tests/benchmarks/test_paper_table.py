@@ -12,13 +12,13 @@ import paper_plan
 import paper_table
 import pytest
 import torch
-from accuracy_variants import configs, ours
 from paper_plan import Row, read_text, wanted_rows
 from paper_protocol import PUBLISHED, Published, cut_windows, draw_samples, find_published, text_ids
 from torch.nn import functional
 
 from kvq_calibration.bundled import stand_in_source
 from kvq_calibration.data import load_text, token_windows
+from kvq_formats.config import KVQConfig
 from kvq_formats.errors import ConfigError, DataError
 from kvq_formats.fingerprint import Fingerprint
 from tiny_models import make_tiny_llama
@@ -154,10 +154,13 @@ def test_bundled_text_does_not_stand_in_for_the_training_split(
 
 def test_rows_are_chosen() -> None:
     names = [row.name for row in wanted_rows("16,4,3,2", "0,0.01")]
-    assert names == ["unquantized", *(n for b in (4, 3, 2) for n in (f"{b} bit NUQ", ours(b)))]
+    widths = [(f"{bits} bit NUQ", f"{bits} bit NUQ + 1 %") for bits in (4, 3, 2)]
+    assert names == ["unquantized", *(name for both in widths for name in both)]
     assert [row.name for row in wanted_rows("3,3", "0.02")] == ["3 bit NUQ + 2 %"]
     for row in wanted_rows("3", "0,0.01"):
-        assert row.config(sink_tokens=1, qnorm=True) == configs(3)[row.name]
+        fraction = 0.01 if "1 %" in row.name else 0.0
+        made = KVQConfig(key_bits=3, value_bits=3, outlier_fraction=fraction)
+        assert row.config(sink_tokens=1, qnorm=True) == made
     for bits, fractions in (("5", "0"), ("3", "0.5"), ("three", "0"), ("3", "")):
         with pytest.raises(ConfigError):
             wanted_rows(bits, fractions)

@@ -1,0 +1,88 @@
+"""Which caches ``accuracy.py`` compares: ours, and the settings of every rival.
+
+Rivals' settings were written down before any of ours was tuned: each method at the widths and group
+sizes that its paper or its code has, so that its figures span the bits that ours take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvq_formats.config import KVQConfig
+
+SEEDS = (0, 1, 2)
+"""Windows of calibration text that calibrated caches are fitted on anew."""
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One way to calibrate.
+
+    Fields:
+        name: in tables and CSVs.
+        line: what it is a point of in the plot.
+        config: the options; widths are not used where there is an average.
+        average_bits: of widths chosen by expected loss, or None.
+        seeds: how many of ``SEEDS`` it is calibrated with.
+    """
+
+    name: str
+    line: str
+    config: KVQConfig
+    average_bits: float | None = None
+    seeds: int = 1
+
+
+OUTLIERS, NO_OUTLIERS = "kvq, 1 % outliers", "kvq, no outliers"
+PAPER = "kvq, the paper's method"
+
+AVERAGES = {OUTLIERS: (2.25, 2.5, 2.75, 3.5), NO_OUTLIERS: (2.0, 2.3, 2.75, 3.3, 4.0)}
+
+GARBAGE = "garbage codebook"
+
+
+def ours() -> list[Ours]:
+    """Every setting of ours."""
+    found = []
+    for bits in (2, 3, 4):
+        uniform = KVQConfig.create(key_bits=bits, value_bits=bits)
+        found.append(Ours(f"kvq {bits} bit + 1 %", OUTLIERS, uniform, seeds=len(SEEDS)))
+        paper = KVQConfig.create(key_bits=bits, value_bits=bits, feedback=False)
+        found.append(Ours(f"kvq {bits} bit + 1 %, no feedback", PAPER, paper))
+    for line, averages in AVERAGES.items():
+        config = KVQConfig.create(**({} if line == OUTLIERS else {"outlier_fraction": 0.0}))
+        suffix = " + 1 %" if line == OUTLIERS else ""
+        for average in averages:
+            seeds = len(SEEDS) if average in (2.3, 2.75, 3.3, 4.0) else 1
+            name = f"kvq {average:g} bit on average{suffix}"
+            found.append(Ours(name, line, config, average, seeds))
+    return found
+
+
+RIVALS: dict[str, tuple[str, ...]] = {
+    "int a token-head": ("int2", "int3", "int4"),
+    "int a token": ("int-token2", "int-token3", "int-token4"),
+    "NormalFloat": ("nf2", "nf3", "nf4"),
+    "KIVI": (
+        "kivi2-g128", "kivi2-g64", "kivi2-g32", "kivi3-g128", "kivi3-g64", "kivi4-g128", "kivi4-g64",
+    ),
+    "Hadamard + int": ("hadamard2", "hadamard3", "hadamard4"),
+    "TurboQuant": ("turboquant2", "turboquant3", "turboquant4"),
+    "TurboQuant, norm corrected": ("turboquant-nc2", "turboquant-nc3", "turboquant-nc4"),
+    "OSCAR": ("oscar2", "oscar3", "oscar4"),
+    "OSCAR, a rotation a head": ("oscar-head2", "oscar-head3", "oscar-head4"),
+    "RotateKV": ("rotatekv2", "rotatekv3", "rotatekv4"),
+    "QServe": ("qserve3", "qserve4"),
+    "GEAR": ("gear2", "gear3"),
+    "ZipCache": ("zipcache",),
+    "MiKV": ("mikv",),
+    "VidKV": ("vidkv",),
+    "FP8": ("fp8",),
+    "NVFP4": ("nvfp4",),
+    "KVQuant": ("kvquant2", "kvquant3", "kvquant4"),
+}  # fmt: skip
+"""Method -> its settings by the names that ``kvq eval --baseline`` takes."""
+
+PAPER_BITS = "KVQuant, bits as in its paper"
+SEEDED = ("kvquant",)
+"""Calibrated rivals that are fitted on every seed's text; the others on the first one's."""
