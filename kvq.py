@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvq_calibration.plan import calibrate_from_text as calibrate
+    from kvq_evaluation.retrieval import evaluate_retrieval as evaluate_retrieval
     from kvq_evaluation.sidecars import evaluate_on_tokens as evaluate
     from kvq_formats.config import KVQConfig as KVQConfig
     from kvq_formats.errors import KVQError as KVQError
@@ -42,6 +43,7 @@ _HOMES = {
     "calibrate": ("kvq_calibration.plan", "calibrate_from_text"),
     "embedded_model_path": ("kvq_runtime.embedded", "embedded_model_path"),
     "evaluate": ("kvq_evaluation.sidecars", "evaluate_on_tokens"),
+    "evaluate_retrieval": ("kvq_evaluation.retrieval", "evaluate_retrieval"),
     "load_sidecar": ("kvq_runtime.sidecars", "open_sidecar"),
     "plan_memory": ("kvq_runtime.memory", "plan_memory"),
 }
@@ -58,6 +60,7 @@ __all__ = [
     "calibrate",
     "embedded_model_path",
     "evaluate",
+    "evaluate_retrieval",
     "load_sidecar",
     "plan_memory",
 ]

@@ -2,11 +2,11 @@
 
     python benchmarks/accuracy.py
 
-Three models: the embedded one, the same with channels made eight times wider without changing what
-it computes, and a small Qwen3 with heads of 128 numbers. Every cache sees the same windows of
-WikiText-2 test under the evaluation rule, and the first of them under the runtime rule; ours token by
-token through the packed cache. Models run in f32, so that differences are the cache's alone. Rows go
-to ``benchmarks/results/accuracy-MODEL.csv``; the page and its plot are drawn from them.
+Three models: the embedded one, the same with channels made eight times wider without changing
+what it computes, and a small Qwen3 with heads of 128 numbers. Every cache sees the same windows of
+WikiText-2 test under the evaluation rule, and the first of them under the runtime rule; ours token
+by token through the packed cache. Models run in f32, so that differences are the cache's alone.
+Rows go to ``benchmarks/results/accuracy-MODEL.csv``; the page and its plot are drawn from them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def measure(name: str, *, dataset: str, windows: int, decoded: int) -> list[dict
         sidecars[GARBAGE] = garbage(first)
         for path_name, used in (("prefill", windows), ("decode", decoded)):
             rows += [
-                {**origin, **_plain(row)}
+                {**origin, **_plain(row), **_paper_bits(row, baselines, first)}
                 for row in evaluate_caches(
                     loaded.model,
                     cut.input_ids[:used],
@@ -131,6 +132,20 @@ def _caches(loaded: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]
                 layers=layers, samples=lambda learned=learned: learned, sink_tokens=1
             )
     return sidecars, baselines
+
+
+def _paper_bits(row: Any, baselines: dict[str, Any], sidecar: Any) -> dict[str, Any]:
+    """Bits of KVQuant as its paper counts them; empty for every other cache."""
+    from kvq_evaluation.baselines.kvquant import KVQuant
+
+    codec = baselines.get(row.name)
+    if not isinstance(codec, KVQuant):
+        return {"paper_bits": None}
+    shape = sidecar.base_model.fingerprint
+    counted = replace(codec, storage="paper")
+    return {
+        "paper_bits": counted.effective_bits(shape.num_kv_heads, shape.head_dim, tokens=SEQ_LEN)
+    }
 
 
 def _first_seeds(caches: dict[str, Any]) -> dict[str, Any]:

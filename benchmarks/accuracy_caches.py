@@ -33,10 +33,13 @@ class Ours:
     seeds: int = 1
 
 
-OUTLIERS, NO_OUTLIERS = "kvq, 1 % outliers", "kvq, no outliers"
-PAPER = "kvq, the paper's method"
+UNIFORM, AVERAGE, PAPER = "kvq --bits", "kvq --average-bits", "kvq, the paper's method"
+LINES = (AVERAGE, UNIFORM, PAPER)
+"""Ways to calibrate, best first; the last is KVQuant's mathematics in kvq's bytes."""
 
-AVERAGES = {OUTLIERS: (2.25, 2.5, 2.75, 3.5), NO_OUTLIERS: (2.0, 2.3, 2.75, 3.3, 4.0)}
+WIDTHS = (2, 3, 4)
+AVERAGES = (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
+SEEDED_AVERAGES = (2.0, 2.75, 3.0, 3.75)
 
 GARBAGE = "garbage codebook"
 
@@ -44,18 +47,14 @@ GARBAGE = "garbage codebook"
 def ours() -> list[Ours]:
     """Every setting of ours."""
     found = []
-    for bits in (2, 3, 4):
+    for bits in WIDTHS:
         uniform = KVQConfig.create(key_bits=bits, value_bits=bits)
-        found.append(Ours(f"kvq {bits} bit + 1 %", OUTLIERS, uniform, seeds=len(SEEDS)))
+        found.append(Ours(f"kvq {bits}", UNIFORM, uniform, seeds=len(SEEDS)))
         paper = KVQConfig.create(key_bits=bits, value_bits=bits, feedback=False)
-        found.append(Ours(f"kvq {bits} bit + 1 %, no feedback", PAPER, paper))
-    for line, averages in AVERAGES.items():
-        config = KVQConfig.create(**({} if line == OUTLIERS else {"outlier_fraction": 0.0}))
-        suffix = " + 1 %" if line == OUTLIERS else ""
-        for average in averages:
-            seeds = len(SEEDS) if average in (2.3, 2.75, 3.3, 4.0) else 1
-            name = f"kvq {average:g} bit on average{suffix}"
-            found.append(Ours(name, line, config, average, seeds))
+        found.append(Ours(f"kvq {bits}, no feedback", PAPER, paper))
+    for average in AVERAGES:
+        seeds = len(SEEDS) if average in SEEDED_AVERAGES else 1
+        found.append(Ours(f"kvq average {average:g}", AVERAGE, KVQConfig(), average, seeds))
     return found
 
 
@@ -64,7 +63,8 @@ RIVALS: dict[str, tuple[str, ...]] = {
     "int a token": ("int-token2", "int-token3", "int-token4"),
     "NormalFloat": ("nf2", "nf3", "nf4"),
     "KIVI": (
-        "kivi2-g128", "kivi2-g64", "kivi2-g32", "kivi3-g128", "kivi3-g64", "kivi4-g128", "kivi4-g64",
+        "kivi2-g128", "kivi2-g64", "kivi2-g32", "kivi3-g128", "kivi3-g64", "kivi4-g128",
+        "kivi4-g64",
     ),
     "Hadamard + int": ("hadamard2", "hadamard3", "hadamard4"),
     "TurboQuant": ("turboquant2", "turboquant3", "turboquant4"),
@@ -83,6 +83,8 @@ RIVALS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Method -> its settings by the names that ``kvq eval --baseline`` takes."""
 
-PAPER_BITS = "KVQuant, bits as in its paper"
+PAPER_BITS = "KVQuant, bits as its paper counts"
+"""The same caches as KVQuant's, without what its code allocates beyond the paper's count."""
+
 SEEDED = ("kvquant",)
 """Calibrated rivals that are fitted on every seed's text; the others on the first one's."""

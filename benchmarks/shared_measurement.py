@@ -1,33 +1,38 @@
 """Calibrate many configurations of one model from few measurements of it.
 
-What ``pipeline.calibrate`` measures depends on sensitivity, outlier fraction, sinks, value grain and
-feedback only; codebooks of any width, Q-Norm and capacities follow from the same histograms. The sidecars
-are those that ``calibrate`` returns, one by one, in a fraction of the time.
+What ``pipeline.calibrate`` measures depends on sensitivity, outlier fraction, sinks, value grain
+and feedback only; codebooks of any width, Q-Norm and capacities follow from the same histograms.
+The sidecars are those that ``calibrate`` returns, one by one, in a fraction of the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvq_calibration.allocation import allocate
+from kvq_calibration.allocation import Losses, allocate, expected_loss, without_outliers
 from kvq_calibration.capture import evaluation_mode
 from kvq_calibration.expected_loss import expected_losses
 from kvq_calibration.pipeline import (
+    LayerPoints,
+    Thresholds,
     find_thresholds,
     fit_every_width,
     fit_layer,
     measure_points,
 )
 from kvq_formats.config import KVQConfig
+from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.progress import Progress
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.models import quantized_layers
+from kvq_runtime.rotary_channels import RotaryChannels
 
 Key = tuple[str, float, int, str, bool]
+_Measured = tuple[dict[int, LayerPoints], Thresholds, dict[int, RotaryChannels], Losses]
 
 
 def calibrate_all(
@@ -42,49 +47,76 @@ def calibrate_all(
 ) -> dict[str, Sidecar]:
     """A sidecar for each configuration, by its name; windows are int64 ``[S, T]``.
 
-    Those that ``average_bits`` names get widths by expected loss.
+    Those that ``average_bits`` names get widths by expected loss, and outliers only where these are
+    expected to lose less than codes in their room.
     """
     averages = average_bits or {}
-    sidecars: dict[str, Sidecar] = {}
-    layers = quantized_layers(model.config)
-    head_dim = base_model.fingerprint.head_dim
-    for names in _groups(configs):
-        first = configs[names[0]]
-        thresholds, channels = find_thresholds(
-            model, windows, first, layers, batch_size=1, progress=progress
-        )
-        points = measure_points(model, windows, first, thresholds, batch_size=1, progress=progress)
-        losses = {}
-        if any(name in averages for name in names):
-            fitted_all = fit_every_width(points, thresholds, first, progress=progress)
-            with evaluation_mode(model):
-                losses = expected_losses(model, windows, first, fitted_all, progress=progress)
-        for name in names:
-            config = configs[name]
-            if name in averages:
-                config = config.with_layer_bits(allocate(losses, averages[name]))
-            fitted = {i: fit_layer(points[i], thresholds[i], config.for_layer(i)) for i in layers}
-            sidecars[name] = Sidecar(
-                config=config,
-                base_model=base_model,
-                calibration=calibration,
-                layers={i: parameters for i, (parameters, _) in fitted.items()},
-                statistics={i: statistics for i, (_, statistics) in fitted.items()},
-                rotary_channels={i: span for i, span in channels.items() if span != (0, head_dim)},
+    measured: dict[Key, _Measured] = {}
+
+    def of(config: KVQConfig) -> _Measured:
+        key = _key(config)
+        if key not in measured:
+            measured[key] = _measure(
+                model, windows, config, widths=bool(averages), progress=progress
             )
-    return {name: sidecars[name] for name in configs}
+        return measured[key]
 
-
-def _groups(configs: Mapping[str, KVQConfig]) -> Iterator[list[str]]:
-    """Names of configurations that measure the same."""
-    groups: dict[Key, list[str]] = {}
+    shape = base_model.fingerprint
+    sidecars: dict[str, Sidecar] = {}
     for name, config in configs.items():
-        key = (
-            config.sensitivity,
-            config.outlier_fraction,
-            config.sink_tokens,
-            config.value_grain,
-            config.feedback,
+        if name in averages:
+            config = _chosen(config, averages[name], shape, of)
+        points, thresholds, channels, _ = of(config)
+        fitted = {i: fit_layer(points[i], thresholds[i], config.for_layer(i)) for i in points}
+        sidecars[name] = Sidecar(
+            config=config,
+            base_model=base_model,
+            calibration=calibration,
+            layers={i: parameters for i, (parameters, _) in fitted.items()},
+            statistics={i: statistics for i, (_, statistics) in fitted.items()},
+            rotary_channels={i: s for i, s in channels.items() if s != (0, shape.head_dim)},
         )
-        groups.setdefault(key, []).append(name)
-    yield from groups.values()
+    return sidecars
+
+
+def _chosen(
+    config: KVQConfig, average: float, shape: Fingerprint, of: Callable[[KVQConfig], _Measured]
+) -> KVQConfig:
+    """Widths by expected loss, with outliers or without, as ``calibrate`` chooses."""
+    candidates = [(config, average)]
+    if config.outlier_fraction:
+        heads, head_dim = shape.num_kv_heads, shape.head_dim
+        candidates.append(without_outliers(config, average, num_kv_heads=heads, head_dim=head_dim))
+    found = []
+    for candidate, its_average in candidates:
+        losses = of(candidate)[3]
+        widths = allocate(losses, its_average)
+        found.append((expected_loss(losses, widths), candidate.with_layer_bits(widths)))
+    return min(found, key=lambda one: one[0])[1]
+
+
+def _measure(
+    model: PreTrainedModel, windows: Tensor, config: KVQConfig, *, widths: bool, progress: Progress
+) -> _Measured:
+    layers = quantized_layers(model.config)
+    thresholds, channels = find_thresholds(
+        model, windows, config, layers, batch_size=1, progress=progress
+    )
+    points = measure_points(model, windows, config, thresholds, batch_size=1, progress=progress)
+    losses: Losses = {}
+    if widths and config.feedback:
+        fitted = fit_every_width(points, thresholds, config, progress=progress)
+        with evaluation_mode(model):
+            losses = expected_losses(model, windows, config, fitted, progress=progress)
+    return points, thresholds, channels, losses
+
+
+def _key(config: KVQConfig) -> Key:
+    """What configurations that measure the same have in common."""
+    return (
+        config.sensitivity,
+        config.outlier_fraction,
+        config.sink_tokens,
+        config.value_grain,
+        config.feedback,
+    )

@@ -103,6 +103,12 @@ def refuse_together(context: typer.Context, name: str, *others: str) -> None:
             raise typer.BadParameter(f"give {flag(name)} or {flag(other)}, not both")
 
 
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether a parameter comes from the command line or the environment, and is no default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+
 def chosen_load_in(
     context: typer.Context, *, load_in_4bit: bool, load_in_8bit: bool
 ) -> Literal["4bit", "8bit"] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ LAST_LOSS_SCALE = 2.0**-18
 
 CHECKPOINT_FUNCTION = "_gradient_checkpointing_func"
 """Where transformers keeps how a module recomputes."""
+
+EMBEDDING_HOOKS = ("_require_grads_hooks", "_require_grads_hook")
+"""Where transformers keeps what it hooked to the embeddings for that."""
 
 
 @contextmanager
@@ -75,12 +79,23 @@ def activation_gradients(model: PreTrainedModel) -> Iterator[None]:
             # transformers 5.23 renamed both methods and warns about the older names.
             names = ("activation_checkpointing", "gradient_checkpointing")
             name = next(name for name in names if hasattr(model, f"{name}_enable"))
+            own = {hook: vars(model)[hook] for hook in EMBEDDING_HOOKS if hook in vars(model)}
             getattr(model, f"{name}_enable")({"use_reentrant": False})
+            stack.callback(_remove_embedding_hooks, model, own)
             stack.callback(getattr(model, f"{name}_disable"))
             for module in model.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     module.training = True
         yield
+
+
+def _remove_embedding_hooks(model: PreTrainedModel, own: dict[str, Any]) -> None:
+    """What transformers leaves on the embeddings when checkpointing ends, but not the caller's."""
+    if vars(model).get(EMBEDDING_HOOKS[0]) is not own.get(EMBEDDING_HOOKS[0]):
+        model.disable_input_require_grads()
+    for name in EMBEDDING_HOOKS:
+        vars(model).pop(name, None)
+    vars(model).update(own)
 
 
 def _require_gradient(_module: nn.Module, _args: object, output: Tensor) -> Tensor:

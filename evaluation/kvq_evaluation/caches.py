@@ -4,33 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kvq_evaluation.attention_error import attention_errors
 from kvq_evaluation.baselines.named import Baseline
-from kvq_evaluation.perplexity import UNQUANTIZED, MeasuredPath, Variant, evaluate
+from kvq_evaluation.perplexity import UNQUANTIZED, MeasuredPath, evaluate
 from kvq_evaluation.report import EvaluationRow
+from kvq_evaluation.variants import cache_variants, row_of_variant
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.effective_bits import effective_bits
-from kvq_formats.errors import ConfigError
 from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.progress import Progress
 from kvq_formats.sidecar import Sidecar
-from kvq_runtime.attach import attach
-from kvq_runtime.evaluation_rule import CacheCodec, attach_codec
+from kvq_runtime.evaluation_rule import CacheCodec
 from kvq_runtime.sidecar_codec import SidecarCodec
 from kvq_runtime.supported_models import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-RULES: Final[Mapping[MeasuredPath, Literal["evaluation", "runtime"]]] = {
-    "prefill": "evaluation",
-    "decode": "runtime",
-}
 
 
 def evaluate_caches(
@@ -63,36 +56,19 @@ def evaluate_caches(
     raises, FingerprintMismatchError for a sidecar of another model, and ConfigError for a sidecar
     and a baseline of one name.
     """
-    baselines = baselines or {}
-    paths = (path,) if isinstance(path, str) else tuple(path)
-    _check_names(sidecars, baselines)
-    variants: dict[str, Variant] = {}
-    forwards: dict[str, MeasuredPath] = {}
-    rows: dict[str, tuple[str, MeasuredPath]] = {UNQUANTIZED: (UNQUANTIZED, "prefill")}
-    for one in paths:
-        if one not in RULES:
-            raise ConfigError(
-                f"path is {one!r}, expected 'prefill' or 'decode'.", hint="--path prefill"
-            )
-        rule = RULES[one]
-        for name, sidecar in sidecars.items():
-            variant = _variant_name(name, one, paths)
-            variants[variant] = partial(attach, model, sidecar, rule=rule)
-            forwards[variant], rows[variant] = one, (name, one)
-        for name, codec in baselines.items():
-            variant = _variant_name(name, one, paths)
-            variants[variant] = partial(attach_codec, model, codec, rule=rule)
-            forwards[variant], rows[variant] = "prefill", (name, one)
+    held = cache_variants(model, sidecars, baselines, path=path)
     measured = evaluate(
         model,
         windows,
-        variants=variants,
-        path=forwards,
+        variants={variant: one.context for variant, one in held.items()},
+        path={variant: one.forwards for variant, one in held.items()},
         batch_size=batch_size,
         scored=scored,
         progress=progress,
     )
-    bits = _bits(model, sidecars, baselines, tokens=max(len(window) for window in windows))
+    baselines = baselines or {}
+    rows = row_of_variant(held)
+    bits = cache_bits(model, sidecars, baselines, tokens=max(len(window) for window in windows))
     codecs: dict[str, CacheCodec] = {name: SidecarCodec(made) for name, made in sidecars.items()}
     errors = attention_errors(model, windows[0].reshape(1, -1), codecs | dict(baselines))
     return [
@@ -110,26 +86,14 @@ def evaluate_caches(
     ]
 
 
-def _check_names(sidecars: Mapping[str, Sidecar], baselines: Mapping[str, Baseline]) -> None:
-    for name in sorted({*sidecars} & {*baselines}):
-        raise ConfigError(
-            f"a sidecar and a baseline are both named {name!r}.",
-            hint="rename the sidecar's folder",
-        )
-
-
-def _variant_name(name: str, path: MeasuredPath, paths: Sequence[MeasuredPath]) -> str:
-    return name if len(paths) == 1 else f"{name} ({path})"
-
-
-def _bits(
+def cache_bits(
     model: PreTrainedModel,
     sidecars: Mapping[str, Sidecar],
     baselines: Mapping[str, Baseline],
     *,
     tokens: int,
 ) -> dict[str, tuple[float, float]]:
-    """Effective bits of every row, without and with the unfinished page, which baselines lack."""
+    """Effective bits of every cache, without and with the unfinished page, which baselines lack."""
     of_dtype = float(8 * model.get_input_embeddings().weight.element_size())
     bits = {UNQUANTIZED: (of_dtype, of_dtype)}
     bits |= {name: sidecar_bits(sidecar, tokens=tokens) for name, sidecar in sidecars.items()}

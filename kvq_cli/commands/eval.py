@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -34,6 +34,9 @@ from kvq_cli.options import (
 )
 from kvq_cli.output import Output
 from kvq_formats.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvq_evaluation.perplexity import MeasuredPath
 
 SCHEMA = "kvq.eval/1"
 
@@ -81,8 +84,45 @@ def evaluate(
             panel=DATA,
             metavar="NAMES",
             help="Texts, with commas between: wikitext2, c4, builtin, a Hub id, or a file.",
-            default="wikitext2, without --tasks",
+            default="wikitext2, without --retrieval or --tasks",
         ),
+    ] = None,
+    retrieval: Annotated[
+        str | None,
+        option(
+            "--retrieval",
+            panel=DATA,
+            metavar="NAMES",
+            help="Look things up in made texts: passkey, multi_key, variable_tracking, "
+            "common_words, or all.",
+            default="none",
+        ),
+    ] = None,
+    retrieval_tokens: Annotated[
+        int | None,
+        option(
+            "--retrieval-tokens",
+            panel=DATA,
+            metavar="N",
+            help="Tokens of a text to look things up in, with question and answer.",
+            default="2048, at most the model's positions",
+            min=1,
+        ),
+    ] = None,
+    num_examples: Annotated[
+        int | None,
+        option(
+            "--num-examples",
+            panel=DATA,
+            metavar="N",
+            help="Texts of each task of --retrieval.",
+            default="50",
+            min=1,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        option("--seed", panel=DATA, help="Chooses the texts of --retrieval.", default="0"),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -191,7 +231,8 @@ def evaluate(
     Perplexity with its standard error, KL divergence and top-1 agreement,
     against the unquantized model on the same tokens. Other methods can be held
     against it, charged for every byte that they store; docs/evaluation.md
-    lists them. On the prefill path every
+    lists them. Retrieval is measured on texts that are made for it
+    (docs/retrieval.md). On the prefill path every
     key and value but sinks and recent tokens is decoded from its code before a
     query sees it. On the decode path each token is one forward through the
     packed cache, and a query's own page of 256 tokens is exact. Effective bits
@@ -204,6 +245,7 @@ def evaluate(
       kvq eval --ppl builtin --path decode --limit 4
       kvq eval --baseline kivi2,hadamard4,turboquant3 --ppl builtin
       kvq eval --ppl ./my-text.txt --max-ppl-increase 0.1
+      kvq eval --retrieval all --retrieval-tokens 4096 --path both
       kvq eval --tasks gsm8k,arc_easy --limit 100
     """
     output: Output = context.obj
@@ -222,6 +264,7 @@ def evaluate(
         tables,
         window_length,
     )
+    from kvq_cli.retrieval import asked_retrieval, measure_retrieval, retrieval_table
     from kvq_cli.session import check_file, current_sidecar, new_results_file, recall, write_json
     from kvq_cli.tasks import find_tasks, measure_tasks, tasks_table
     from kvq_evaluation.sidecars import row_names
@@ -254,10 +297,18 @@ def evaluate(
     for made in sidecars.values():
         for line in check(made.base_model, resolved.record):
             output.warn(line)
+    looked_up = asked_retrieval(
+        retrieval,
+        tokens=retrieval_tokens,
+        num_examples=num_examples,
+        seed=seed,
+        positions=resolved.max_positions,
+    )
+    texts_alone = loaded_tasks is None and looked_up is None
     if ppl is None:
-        ppl = "wikitext2" if loaded_tasks is None else ""
+        ppl = "wikitext2" if texts_alone else ""
     names = [part.strip() for part in ppl.split(",") if part.strip()]
-    if not names and loaded_tasks is None:
+    if not names and texts_alone:
         raise ConfigError("--ppl names no text.", hint="--ppl wikitext2")
     sources = [
         load_text(text, purpose="eval", split=split, text_column=text_column) for text in names
@@ -265,6 +316,7 @@ def evaluate(
     length = window_length(resolved.max_positions, seq_len, output)
     tokenizer = load_tokenizer(resolved)
     texts = cut_texts(output, tokenizer, sources, seq_len=length, limit=limit)
+    examples = [] if looked_up is None else looked_up.examples(tokenizer, resolved.max_positions)
     loaded = load_model(
         resolved,
         dtype=dtype.value,
@@ -273,15 +325,26 @@ def evaluate(
         load_in=load_in,
     )
     baselines = make_baselines(output, asked, loaded.model, tokenizer, sidecars, seq_len=length)
+    chosen_paths: tuple[MeasuredPath, ...] = ("prefill", "decode") if path == "both" else (path,)
     measured = measure(
         output,
         loaded.model,
         sidecars,
         texts,
         baselines=baselines,
-        path=("prefill", "decode") if path == "both" else path,
+        path=chosen_paths,
         batch_size=batch_size,
     )
+    retrieval_rows = []
+    if examples:
+        retrieval_rows = measure_retrieval(
+            output,
+            loaded.model,
+            sidecars,
+            examples,
+            baselines=baselines,
+            path=chosen_paths,
+        )
     task_rows = []
     if loaded_tasks is not None:
         task_rows = measure_tasks(
@@ -304,13 +367,16 @@ def evaluate(
             for path, (row, made) in zip(paths, sidecars.items(), strict=True)
         },
         "baselines": {one.name: one.method.summary for one in asked},
+        "retrieval": None if looked_up is None else looked_up.to_json(retrieval_rows),
         "tasks": [row.to_json() for row in task_rows],
         "gates": [gate.to_json() for gate in gates],
     }
     write_json(saved, {**payload, "texts": [text.to_json(per_window=True) for text in measured]})
     payload["texts"] = [text.to_json(per_window=False) for text in measured]
     payload["results"] = str(saved)
-    drawn = [*tables(measured), *([tasks_table(task_rows)] if task_rows else [])]
+    drawn = tables(measured)
+    drawn += [retrieval_table(retrieval_rows)] if retrieval_rows else []
+    drawn += [tasks_table(task_rows)] if task_rows else []
     output.result(payload, *drawn)
     output.note(f"raw results are in {saved}")
     raise_missed(gates)

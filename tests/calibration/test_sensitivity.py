@@ -90,6 +90,7 @@ def test_the_model_is_left_as_it_was() -> None:
     model = make_tiny_llama()
     model.train()
     model.lm_head.weight.requires_grad_(False)
+    attributes = set(vars(model))
     modes = [m.training for m in model.modules()]
     wanted = [p.requires_grad for p in model.parameters()]
     weights = [p.clone() for p in model.parameters()]
@@ -102,6 +103,8 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+    assert set(vars(model)) == attributes
 
 
 # transformers 5.23 renamed what this test calls; earlier ones know these names only.
@@ -110,6 +113,8 @@ def test_a_caller_that_checkpoints_and_wants_no_gradients() -> None:
     model = make_tiny_llama()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    hooks = list(model.model.embed_tokens._forward_hooks.values())
+    assert hooks
     tap = KeyValueTap(layers=(0, 1))
     with torch.no_grad(), tap_attention(model, tap), activation_gradients(model):
         found = squares(model, tap, torch.randint(3, 300, (1, 20)), LossScale(torch.float32))
@@ -117,6 +122,10 @@ def test_a_caller_that_checkpoints_and_wants_no_gradients() -> None:
     assert model.is_gradient_checkpointing
     after = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
     assert after == functions
+    # What transformers hooked to the embeddings for the caller, and goes when the caller says so.
+    assert list(model.model.embed_tokens._forward_hooks.values()) == hooks
+    model.disable_input_require_grads()
+    assert not model.model.embed_tokens._forward_hooks
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -220,7 +220,7 @@ def test_a_path_is_measured_under_its_rule(
         rules.append(rule)
         yield
 
-    monkeypatch.setattr("kvq_evaluation.caches.attach", stock)
+    monkeypatch.setattr("kvq_evaluation.variants.attach", stock)
     sidecar = make_sidecar(tiny_llama, bits=4)
     windows = random_windows(2, 300, seed=4)
     rows = evaluate_caches(tiny_llama, windows, {"four": sidecar}, dataset="random", path=path)

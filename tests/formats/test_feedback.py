@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvq_formats import pages
+from kvq_formats import outliers, packing, pages
 from kvq_formats.codebook import Codebook
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.feedback import Feedback, shape_errors
@@ -163,3 +163,221 @@ def test_an_outlier_has_no_error_to_pass_on() -> None:
     clamped = shape_errors(z, QUARTERS, feedback, is_outlier=none)
     # 3 decodes to 0.75: what is missing, 2.25, is asked of channel 1.
     assert clamped.flatten().tolist() == pytest.approx([3.0, 2.35])
+
+
+# Properties
+
+
+def grid(bits: int) -> Codebook:
+    """Entries and decode entries at different places, as Q-Norm leaves them."""
+    return Codebook.fit_grid(
+        torch.linspace(-0.9, 0.9, 1 << bits), qnorm_scale=1.1, qnorm_shift=0.02
+    )
+
+
+def shaped_one_by_one(
+    z: Tensor, codebook: Codebook, feedback: Feedback, *, is_outlier: Tensor | None
+) -> Tensor:
+    """As the module says it, number by number, each product and sum rounded to f32."""
+    targets = z.clone()
+    for page, head, token in torch.cartesian_prod(*(torch.arange(n) for n in z.shape[:3])).tolist():
+        order = feedback.order[head].tolist()
+        target = targets[page, head, token]
+        for i, channel in enumerate(order):
+            outlier = (
+                bool(target[channel].abs() > 1)
+                if is_outlier is None
+                else bool(is_outlier.expand_as(z)[page, head, token, channel])
+            )
+            code = codebook.encode(target[channel])
+            stored = target[channel] if outlier else codebook.decode(code)
+            error = z[page, head, token, channel] - stored
+            for gain, later in zip(feedback.gain_row(i)[head], order[i + 1 :], strict=True):
+                target[later] = target[later] + gain * error
+    return targets
+
+
+def random_feedback(H: int, D: int, *, seed: int, scale: float = 1.0) -> Feedback:
+    """Any order and gains, whether or not a moment gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(D, generator=generator) for _ in range(H)])
+    gains = torch.randn(H, D * (D - 1) // 2, generator=generator) * scale
+    return Feedback(order, gains.half())
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    bits=st.sampled_from([2, 3, 4]),
+    exactly=st.sampled_from(["none", "beyond", "given"]),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
+)
+def test_every_implementation_gives_these_bits(
+    seed: int, bits: int, exactly: str, scale: float
+) -> None:
+    P, H, T, D = 2, 2, 3, 5
+    generator = torch.Generator().manual_seed(seed)
+    codebook = grid(bits)
+    z = torch.randn(P, H, T, D, generator=generator)
+    # Some lie on a boundary between two codes, or at the end of the range.
+    below, above = (torch.nextafter(torch.ones(1), torch.tensor(to)) for to in (0.0, 2.0))
+    places = torch.cat([codebook.midpoints, torch.tensor([-1.0, 1.0]), below, -above, above])
+    chosen = places[torch.randint(len(places), z.shape, generator=generator)]
+    z = torch.where(torch.rand(z.shape, generator=generator) < 0.3, chosen, z)
+    is_outlier = {
+        "none": torch.zeros((), dtype=torch.bool),
+        "beyond": None,
+        "given": torch.rand(z.shape, generator=generator) < 0.3,
+    }[exactly]
+    feedback = random_feedback(H, D, seed=seed, scale=scale)
+    found = shape_errors(z, codebook, feedback, is_outlier=is_outlier)
+    assert torch.equal(found, shaped_one_by_one(z, codebook, feedback, is_outlier=is_outlier))
+
+
+@pytest.mark.parametrize("entries", [1, 100, 10_000])
+def test_pages_that_are_shaped_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch, entries: int
+) -> None:
+    z = torch.randn(5, 2, 7, 6, generator=torch.Generator().manual_seed(1))
+    feedback = random_feedback(2, 6, seed=1)
+    is_outlier = torch.rand(z.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    whole = [shape_errors(z, QUARTERS, feedback, is_outlier=it) for it in (None, is_outlier)]
+    monkeypatch.setattr("kvq_formats.feedback.BLOCK_ENTRIES", entries)
+    pieces = [shape_errors(z, QUARTERS, feedback, is_outlier=it) for it in (None, is_outlier)]
+    for one, other in zip(whole, pieces, strict=True):
+        assert torch.equal(one, other)
+
+
+def encoded(
+    x: Tensor, config: KVQConfig, feedback: Feedback | None
+) -> tuple[pages.KeyPages, pages.ValuePages]:
+    """Pages of f32 ``[H, T, D]``, as keys and as values."""
+    H, _, D = x.shape
+    keys = KeyParameters(
+        torch.full((H, D), 0.1), torch.full((H, D), 1.5), grid(config.key_bits), 0.01, feedback
+    )
+    values = ValueParameters(grid(config.value_bits), 0.01, feedback)
+    return pages.encode_keys(x, keys, config), pages.encode_values(x, values, config)
+
+
+@pytest.mark.parametrize("grain", ["token", "head"])
+@pytest.mark.parametrize("room", [0.0, 0.05])
+def test_pages_hold_the_codes_of_the_targets(room: float, grain: str) -> None:
+    """What has no error is what a page has room for: of keys beyond the range, of values ranked."""
+    H, T, D = 2, 9, 8
+    x = torch.randn(H, T, D, generator=torch.Generator().manual_seed(3)) * 2
+    config = KVQConfig.create(
+        key_bits=3, value_bits=3, value_grain=grain, outlier_fraction=room, outlier_capacity=room
+    )
+    feedback = random_feedback(H, D, seed=4)
+    key_pages, value_pages = encoded(x, config, feedback)
+    codebook, none = grid(3), torch.zeros((), dtype=torch.bool)
+
+    def codes(z: Tensor, is_outlier: Tensor | None) -> Tensor:
+        return codebook.encode(shape_errors(z[None], codebook, feedback, is_outlier=is_outlier))
+
+    found = packing.unpack_keys(key_pages.words, bits=3)[:, :, :T]
+    z = (x - 0.1) / 1.5
+    assert torch.equal(found, codes(z, None if room else none))
+    vectors = x if grain == "head" else x.transpose(0, 1).reshape(1, T, H * D)
+    per_side = outliers.value_outliers_per_side(config, H, D)
+    assert (per_side > 0) == (room > 0)
+    half_range, center, is_outlier = pages.value_thresholds(vectors, outliers_per_side=per_side)
+    if grain == "token":
+        is_outlier = is_outlier.reshape(T, H, D).transpose(0, 1)
+    z = (x - center.float()) / half_range.float()
+    found = packing.unpack_values(value_pages.words, bits=3)[:, :, :T]
+    assert torch.equal(found, codes(z, is_outlier[None]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    bits=st.sampled_from([2, 3, 4]),
+    tokens=st.sampled_from([1, 9, PAGE_TOKENS + 3]),
+    grain=st.sampled_from(["token", "head"]),
+    fraction=st.sampled_from([0.0, 0.1]),
+)
+def test_gains_of_zero_are_plain_rounding(
+    seed: int, bits: int, tokens: int, grain: str, fraction: float
+) -> None:
+    H, D = 2, 8
+    x = torch.randn(H, tokens, D, generator=torch.Generator().manual_seed(seed)) * 2
+    config = KVQConfig.create(
+        key_bits=bits,
+        value_bits=bits,
+        value_grain=grain,
+        outlier_fraction=fraction,
+        outlier_capacity=fraction / 2,
+    )
+    nothing = random_feedback(H, D, seed=seed, scale=0.0)
+    for shaped, plain in zip(encoded(x, config, nothing), encoded(x, config, None), strict=True):
+        for name, tensor in vars(plain).items():
+            assert torch.equal(getattr(shaped, name), tensor), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    bits=st.sampled_from([2, 3, 4]),
+    size=st.sampled_from([1e-3, 1.0, 1e3]),
+    scale=st.sampled_from([0.5, 3.0, 300.0]),
+)
+def test_numbers_decode_to_entries_however_far_errors_push_them(
+    seed: int, bits: int, size: float, scale: float
+) -> None:
+    """Without outliers nothing but the entries of the codebook comes back."""
+    H, T, D = 2, 11, 8
+    x = torch.randn(H, T, D, generator=torch.Generator().manual_seed(seed)) * size
+    config = KVQConfig.create(
+        key_bits=bits, value_bits=bits, outlier_fraction=0.0, outlier_capacity=0.0
+    )
+    feedback = random_feedback(H, D, seed=seed, scale=scale)
+    key_pages, value_pages = encoded(x, config, feedback)
+    entries = grid(bits).decode_entries
+    keys = KeyParameters(torch.zeros(H, D), torch.ones(H, D), grid(bits), 0.01)
+    assert torch.isin(pages.decode_keys(key_pages, keys, tokens=T), entries).all()
+    values = ValueParameters(grid(bits), 0.01)
+    decoded = pages.decode_values(value_pages, values, tokens=T)
+    half_range, center = value_pages.scales[0, 0, :T].float().unbind(-1)
+    every = entries * half_range[:, None] + center[:, None]
+    assert (decoded[..., None] == every[None, :, None, :]).any(-1).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_pages_of_gaussian_numbers_cost_less(bits: int, seed: int) -> None:
+    """Gradients and numbers of channels that hang together; outliers, full pools, both grains."""
+    H, T, D = 2, PAGE_TOKENS + 100, 16
+    generator = torch.Generator().manual_seed(seed)
+
+    def correlated(tokens: int) -> Tensor:
+        mixing = torch.randn(H, D, D, generator=generator) / D**0.5
+        return torch.randn(H, tokens, D, generator=generator) @ mixing
+
+    x, gradients = correlated(T), correlated(2000).double()
+    moments = gradients.mT @ gradients / gradients.shape[1]
+    feedback = Feedback.fit(moments, damping=0.03)
+
+    def losses(feedback: Feedback | None, config: KVQConfig) -> tuple[float, float]:
+        keys = KeyParameters(torch.zeros(H, D), torch.full((H, D), 2.0), grid(bits), 0.02, feedback)
+        values = ValueParameters(grid(bits), 0.02, feedback)
+        found = pages.decode_keys(pages.encode_keys(x, keys, config), keys, tokens=T)
+        others = pages.decode_values(pages.encode_values(x, values, config), values, tokens=T)
+        key_loss, value_loss = (expected_loss((it - x)[None], moments) for it in (found, others))
+        return key_loss, value_loss
+
+    for grain in ("token", "head"):
+        config = KVQConfig.create(key_bits=bits, value_bits=bits, value_grain=grain)
+        for shaped, plain in zip(losses(feedback, config), losses(None, config), strict=True):
+            assert shaped < 0.75 * plain
+
+
+def test_rare_directions_leave_gains_that_f16_can_hold() -> None:
+    """A moment of one token: all but one direction cost nothing."""
+    token = torch.logspace(-6, 6, 8, dtype=torch.float64)
+    one = torch.outer(token, token)[None]
+    feedback = Feedback.fit(one, damping=1e-12)
+    assert torch.isfinite(feedback.gains).all()
+    # The steepest gain is 65504 and not infinite.
+    assert feedback.gains.abs().max() == torch.finfo(torch.float16).max

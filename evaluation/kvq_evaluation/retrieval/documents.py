@@ -14,7 +14,7 @@ from typing import Final
 
 from kvq_evaluation.retrieval.words import FILLER, NUMBERS, WORDS
 
-NEEDLE_SHARE = 4
+NEEDLE_SHARE = 2
 """One of so many sentences is a needle, as far as there are words to name needles with."""
 
 CHAIN_VARIABLES = 4
@@ -84,9 +84,7 @@ def variable_tracking(source: random.Random, parts: int) -> Document:
     for index, number in enumerate(source.sample(NUMBERS, count)):
         chain = names[index * CHAIN_VARIABLES : (index + 1) * CHAIN_VARIABLES]
         values = [number, *chain[:-1]]
-        chains.append(
-            [f"Let {name} = {value}." for name, value in zip(chain, values, strict=True)]
-        )
+        chains.append([f"Let {name} = {value}." for name, value in zip(chain, values, strict=True)])
         questions.append(
             Question(
                 f"Which variables hold {number}? The variables that hold {number} are",

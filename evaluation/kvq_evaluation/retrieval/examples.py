@@ -86,9 +86,11 @@ def make_examples(
         )
     examples = []
     for index in range(count):
-        parts = _fitting(
-            lambda parts, index=index: length(document(index, parts)), chosen.least, tokens
-        )
+
+        def used(parts: int, index: int = index) -> int:
+            return length(document(index, parts))
+
+        parts = _fitting(used, chosen.least, tokens)
         examples.append(_encoded(tokenizer, task, document(index, parts)))
     return examples
 
@@ -113,9 +115,7 @@ def _fitting(length: Callable[[int], int], least: int, tokens: int) -> int:
     return low
 
 
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase, task: str, document: Document
-) -> RetrievalExample:
+def _encoded(tokenizer: PreTrainedTokenizerBase, task: str, document: Document) -> RetrievalExample:
     """A document with its first question.
 
     The text is encoded with its answer, as a model would have met it. The answer begins at the

@@ -11,15 +11,8 @@ import torch
 
 from kvq_evaluation.perplexity import UNQUANTIZED, MeasuredPath
 from kvq_evaluation.retrieval.examples import RetrievalExample
+from kvq_evaluation.retrieval.scoring import ExampleScore
 from kvq_evaluation.statistics import Estimate, ratio
-
-
-@dataclass(frozen=True)
-class ExampleScore:
-    """One example with one cache: share of the answer's items that are right, and nll in nats."""
-
-    accuracy: float
-    nll: float
 
 
 @dataclass(frozen=True)
@@ -34,9 +27,12 @@ class RetrievalRow:
         nll, nll_stderr: of the answers' tokens after the right ones before them, nats a token.
         difference, difference_stderr: of accuracy from the unquantized model's, the error over
             paired examples; None in its own row.
+        effective_bits: bits a cached number at the longest example's length, without the
+            unfinished page.
         examples: how many were answered.
         tokens: of the longest, prompt and answer.
-        path: how the cache was read.
+        path: ``prefill`` is the evaluation rule, ``decode`` the runtime rule, the answer token by
+            token. The unquantized row is ``prefill`` always.
     """
 
     task: str
@@ -47,6 +43,7 @@ class RetrievalRow:
     nll_stderr: float | None
     difference: float | None
     difference_stderr: float | None
+    effective_bits: float
     examples: int
     tokens: int
     path: MeasuredPath
@@ -62,47 +59,54 @@ class RetrievalRow:
 def retrieval_rows(
     examples: Sequence[RetrievalExample],
     scores: Mapping[str, Sequence[ExampleScore]],
-    paths: Mapping[str, MeasuredPath],
+    rows: Mapping[str, tuple[str, MeasuredPath]],
+    bits: Mapping[str, float],
 ) -> list[RetrievalRow]:
-    """One row a cache and task, caches in the order of ``scores``, tasks in that of the examples.
+    """One row a task and cache: tasks in the order of the examples, in each the caches.
 
     Args:
         examples: N of them.
-        scores: by cache, the unquantized model's among them, N each.
-        paths: by cache.
+        scores: by variant, the unquantized model among them, N each.
+        rows: by variant, the name and the path of its rows.
+        bits: effective bits, by that name.
     """
-    rows = []
-    for name in scores:
-        for task in dict.fromkeys(example.task for example in examples):
-            chosen = [index for index, example in enumerate(examples) if example.task == task]
-            accuracy = [scores[name][index].accuracy for index in chosen]
-            reference = [scores[UNQUANTIZED][index].accuracy for index in chosen]
-            of_answers = _mean(accuracy)
+    tasks: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        tasks.setdefault(example.task, []).append(index)
+    made = []
+    for task, chosen in tasks.items():
+        reference = [scores[UNQUANTIZED][index].accuracy for index in chosen]
+        for variant, all_scores in scores.items():
+            name, path = rows[variant]
+            own = [all_scores[index] for index in chosen]
+            accuracy = _mean([score.accuracy for score in own])
             nll = ratio(
-                torch.tensor([scores[name][index].nll for index in chosen], dtype=torch.float64),
+                torch.tensor([score.nll for score in own], dtype=torch.float64),
                 torch.tensor([len(examples[index].answer_ids) for index in chosen]),
             )
+            paired = zip(own, reference, strict=True)
             difference = (
-                Estimate(math.nan, None)
-                if name == UNQUANTIZED
-                else _mean([a - b for a, b in zip(accuracy, reference, strict=True)])
+                None
+                if variant == UNQUANTIZED
+                else _mean([score.accuracy - other for score, other in paired])
             )
-            rows.append(
+            made.append(
                 RetrievalRow(
                     task=task,
                     name=name,
-                    accuracy=of_answers.mean,
-                    accuracy_stderr=of_answers.stderr,
+                    accuracy=accuracy.mean,
+                    accuracy_stderr=accuracy.stderr,
                     nll=nll.mean,
                     nll_stderr=nll.stderr,
-                    difference=None if name == UNQUANTIZED else difference.mean,
-                    difference_stderr=difference.stderr,
+                    difference=None if difference is None else difference.mean,
+                    difference_stderr=None if difference is None else difference.stderr,
+                    effective_bits=bits[name],
                     examples=len(chosen),
                     tokens=max(examples[index].tokens for index in chosen),
-                    path=paths[name],
+                    path=path,
                 )
             )
-    return rows
+    return made
 
 
 def _mean(values: Sequence[float]) -> Estimate:

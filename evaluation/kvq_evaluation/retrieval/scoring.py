@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from kvq_evaluation.perplexity import UNQUANTIZED, MeasuredPath, Variant
 from kvq_evaluation.retrieval.examples import RetrievalExample
-from kvq_evaluation.retrieval.rows import ExampleScore, RetrievalRow, retrieval_rows
 from kvq_formats.errors import CalibrationError, ConfigError, DataError
 from kvq_formats.progress import Progress, SilentProgress
 from kvq_runtime.cache_argument import cache_name, returned_cache
@@ -22,19 +22,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def evaluate_retrieval(
+@dataclass(frozen=True)
+class ExampleScore:
+    """One example with one cache: share of the answer's items that are right, and nll in nats."""
+
+    accuracy: float
+    nll: float
+
+
+def score_examples(
     model: PreTrainedModel,
     examples: Sequence[RetrievalExample],
     *,
     variants: Mapping[str, Variant],
     path: MeasuredPath | Mapping[str, MeasuredPath] = "prefill",
     progress: Progress | None = None,
-) -> list[RetrievalRow]:
+) -> dict[str, list[ExampleScore]]:
     """Answer every example with the unquantized model and with each variant.
 
     Args:
         model: a causal language model; runs in evaluation mode, without gradients.
-        examples: of any tasks; what is averaged together should be of one length.
+        examples: N of any tasks and lengths.
         variants: by name; each is entered once an example.
         path: ``prefill``: one forward over prompt and answer, without a cache. ``decode``: one over
             the prompt, then one a token of the answer, through the cache that the first returned.
@@ -45,9 +53,9 @@ def evaluate_retrieval(
     whole answer is right that way exactly if greedy decoding would have given it. RULER looks for
     the items of a list anywhere in free text; here each has its place.
 
-    Returns the unquantized model's rows first, one a task in the order of the examples, then each
-    variant's. Raises DataError where there is no example, ConfigError for an unknown path or a
-    variant named as the unquantized model, CalibrationError for logits that are not finite.
+    Returns N scores by name, the unquantized model's first. Raises DataError where there is no
+    example, ConfigError for an unknown path or a variant named as the unquantized model,
+    CalibrationError for logits that are not finite.
     """
     paths = dict.fromkeys(variants, path) if isinstance(path, str) else dict(path)
     _check(examples, variants, [path] if isinstance(path, str) else list(path.values()))
@@ -60,9 +68,8 @@ def evaluate_retrieval(
         listener.stage("retrieve", len(examples) * len(scores)) as done,
     ):
         for example in examples:
-            scores[UNQUANTIZED].append(
-                _score(UNQUANTIZED, _prefilled(model, example, device), example)
-            )
+            logits = _prefilled(model, example, device)
+            scores[UNQUANTIZED].append(_score(UNQUANTIZED, logits, example))
             done()
             for name, context in variants.items():
                 answer = _prefilled if paths[name] == "prefill" else _decoded
@@ -70,7 +77,7 @@ def evaluate_retrieval(
                     logits = answer(model, example, device)
                 scores[name].append(_score(name, logits, example))
                 done()
-    return retrieval_rows(examples, scores, {UNQUANTIZED: "prefill", **paths})
+    return scores
 
 
 def _prefilled(model: PreTrainedModel, example: RetrievalExample, device: torch.device) -> Tensor:
@@ -85,9 +92,7 @@ def _prefilled(model: PreTrainedModel, example: RetrievalExample, device: torch.
 def _decoded(model: PreTrainedModel, example: RetrievalExample, device: torch.device) -> Tensor:
     """The same, the answer token by token through the cache that the prompt's forward returned."""
     name = cache_name(model.forward)
-    output = model(
-        input_ids=example.prompt_ids[None].to(device), use_cache=True, **_kept(model, 1)
-    )
+    output = model(input_ids=example.prompt_ids[None].to(device), use_cache=True, **_kept(model, 1))
     steps = [output.logits[0, -1]]
     for token in example.answer_ids[:-1].to(device):
         cache = returned_cache(output)

@@ -19,7 +19,7 @@ WORDS: Final = tuple(
     nail needle nest novel oak ocean olive onion orange otter oven owl paddle palace paper parrot
     peach pearl pencil pepper piano pigeon pillow pirate planet plum pocket pony poppy potato
     pumpkin puppet rabbit radio rice ring robin rocket rope rose ruler saddle salmon
-    """.split()
+    """.split()  # noqa: SIM905 - a block of text is read more easily
 )
 """Keys, names of variables and members of lists: common nouns that occur in no sentence below."""
 
