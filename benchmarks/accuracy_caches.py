@@ -23,7 +23,8 @@ class Ours:
         line: what it is a point of in the plot.
         config: the options; widths are not used where there is an average.
         average_bits: of widths chosen by expected loss, or None.
-        seeds: how many of ``SEEDS`` it is calibrated with.
+        seeds: how many of ``SEEDS`` it is calibrated with; with the first of several it is also
+            decoded token by token.
     """
 
     name: str

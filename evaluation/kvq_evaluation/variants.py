@@ -49,7 +49,8 @@ def cache_variants(
 ) -> dict[str, PathVariant]:
     """Every cache on every path, path by path, by a name that no other has.
 
-    Raises ConfigError for an unknown path, and for a sidecar and a baseline of one name.
+    Raises ConfigError for an unknown path, for a sidecar and a baseline of one name, and for one
+    named as the unquantized model.
     """
     paths = (path,) if isinstance(path, str) else tuple(path)
     held: dict[str, PathVariant] = {}
@@ -76,6 +77,11 @@ def row_of_variant(held: Mapping[str, PathVariant]) -> dict[str, tuple[str, Meas
 
 
 def _check_names(sidecars: Mapping[str, Sidecar], baselines: Mapping[str, Baseline]) -> None:
+    if UNQUANTIZED in {*sidecars, *baselines}:
+        raise ConfigError(
+            f"a cache is named {UNQUANTIZED!r}, the name of the first row.",
+            hint="rename the sidecar's folder",
+        )
     for name in sorted({*sidecars} & {*baselines}):
         raise ConfigError(
             f"a sidecar and a baseline are both named {name!r}.",
