@@ -21,6 +21,7 @@ help:
 	@echo "make format       let ruff format the code"
 	@echo "make docs         write docs/cli.md and the tables of docs/{kernels,models}.md anew"
 	@echo "make bench-kmeans measure the codebook solver against scikit-learn"
+	@echo "make bench-accuracy measure kvq and other methods on three models; writes docs/accuracy.md"
 	@echo "make bench-append measure what a token costs to append at 1k and at 64k tokens"
 	@echo "make bench-memory measure the memory of a 64k-token cache against the plan"
 	@echo "make bench-decode measure decoding on a CPU against transformers' quantized caches"

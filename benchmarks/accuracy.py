@@ -13,51 +13,36 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-RESULTS = REPOSITORY / "benchmarks" / "results"
-QWEN3 = REPOSITORY / "benchmarks" / "models" / "tiny-qwen3"
+from accuracy_models import SEQ_LEN, calibration_text, open_model, run_each
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 MODELS = ("tiny-qwen3", "tiny-llama", "tiny-llama-outliers")
 """Each is measured by a process of its own, the slowest first."""
 
-SEQ_LEN = 1024
-NUM_SAMPLES = 16
 WINDOWS, DECODED_WINDOWS = 10, 3
 
 
 def measure(name: str, *, dataset: str, windows: int, decoded: int) -> list[dict[str, Any]]:
     """Rows of one model."""
-    import torch
     from accuracy_caches import GARBAGE
     from accuracy_garbage import garbage
     from results_csv import PlainProgress, provenance
 
     from kvq_calibration.data import load_text, token_windows
     from kvq_evaluation.caches import evaluate_caches
-    from kvq_evaluation.rescale import outlier_channels
-    from kvq_runtime.embedded import embedded_model_path
-    from kvq_runtime.models import load_model, resolve_model
 
-    torch.manual_seed(0)
     progress = PlainProgress()
-    path = QWEN3 if name == "tiny-qwen3" else embedded_model_path()
-    loaded = load_model(resolve_model(str(path)), dtype="float32")
-    widened = name.endswith("outliers")
-    context = (
-        outlier_channels(loaded.model, key_pairs=2, value_channels=1) if widened else nullcontext()
-    )
-    text = load_text(dataset, purpose="eval")
-    cut = token_windows(loaded.tokenizer, text, num_windows=windows, seq_len=SEQ_LEN)
     rows: list[dict[str, Any]] = []
-    with context:
+    with open_model(name) as loaded:
+        text = load_text(dataset, purpose="eval")
+        cut = token_windows(loaded.tokenizer, text, num_windows=windows, seq_len=SEQ_LEN)
         origin = provenance(loaded.model, name=name, seq_len=SEQ_LEN)
         sidecars, baselines = _caches(loaded, progress)
         first = next(iter(sidecars.values()))
@@ -84,31 +69,19 @@ def _caches(loaded: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]
     from accuracy_caches import RIVALS, SEEDED, SEEDS, ours
     from shared_measurement import calibrate_all
 
-    from kvq_calibration.data import load_text, token_windows
     from kvq_evaluation.baselines.named import BaselineName
     from kvq_evaluation.samples import collect_samples
-    from kvq_formats.records import CalibrationRecord
     from kvq_runtime.models import quantized_layers
 
     sidecars: dict[str, Any] = {}
     baselines: dict[str, Any] = {}
     layers = quantized_layers(loaded.model.config)
     for place, seed in enumerate(SEEDS):
-        samples = token_windows(
-            loaded.tokenizer,
-            load_text("builtin", purpose="calibrate"),
-            num_windows=NUM_SAMPLES,
-            seq_len=SEQ_LEN,
-            seed=seed,
-        )
-        record = CalibrationRecord(
-            dataset=samples.name, revision=samples.revision, num_samples=NUM_SAMPLES,
-            seq_len=SEQ_LEN, seed=seed, token_sha256=samples.token_sha256,
-        )  # fmt: skip
+        windows, record = calibration_text(loaded, seed)
         wanted = [one for one in ours() if place < one.seeds]
         made = calibrate_all(
             loaded.model,
-            samples.input_ids,
+            windows,
             {one.name: one.config for one in wanted},
             average_bits={o.name: o.average_bits for o in wanted if o.average_bits is not None},
             base_model=loaded.record,
@@ -122,7 +95,7 @@ def _caches(loaded: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]
             for one in settings
             if place == 0 or one.rstrip("234") in SEEDED
         ]
-        learned = collect_samples(loaded.model, samples.input_ids)
+        learned = collect_samples(loaded.model, windows)
         for one in asked:
             baselines[f"{one.name} @ {seed}"] = one.make(
                 layers=layers, samples=lambda learned=learned: learned, sink_tokens=1
@@ -196,34 +169,15 @@ def main() -> None:
             write_csv(arguments.output / f"accuracy-{name}.csv", rows)
         return
     begun = time.monotonic()
-    _run_all(models, arguments)
+    options = [
+        "--dataset", arguments.dataset, "--windows", str(arguments.windows),
+        "--decoded-windows", str(arguments.decoded_windows), "-o", str(arguments.output),
+    ]  # fmt: skip
+    run_each(__file__, models, options, processes=arguments.processes)
     print(f"measured in {(time.monotonic() - begun) / 60:.1f} minutes", file=sys.stderr)
     from accuracy_page import write_page
 
     write_page(arguments.output)
-
-
-def _run_all(models: list[str], arguments: argparse.Namespace) -> None:
-    """One process a model, as many at once as asked for, a thread each; raises SystemExit."""
-    waiting, running = list(models), {}
-    while waiting or running:
-        while waiting and len(running) < arguments.processes:
-            name = waiting.pop(0)
-            command = [
-                sys.executable, __file__, "--here", "--model", name, "--dataset",
-                arguments.dataset, "--windows", str(arguments.windows), "--decoded-windows",
-                str(arguments.decoded_windows), "-o", str(arguments.output),
-            ]  # fmt: skip
-            running[name] = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        time.sleep(0.5)
-        for name, process in list(running.items()):
-            if (code := process.poll()) is None:
-                continue
-            del running[name]
-            if code:
-                for other in running.values():
-                    other.terminate()
-                sys.exit(f"{name} failed with exit code {code}")
 
 
 if __name__ == "__main__":

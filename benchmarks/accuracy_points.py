@@ -60,7 +60,7 @@ def _windows(row: Row) -> WindowMetrics:
     kl = torch.tensor(list(_numbers(row["window_kl"])), dtype=torch.float64)
     tokens = torch.full((len(kl),), int(row["tokens"]) // len(kl), dtype=torch.int64)
     return WindowMetrics(
-        name=row["name"], nll=torch.zeros_like(kl), kl=kl, agree=torch.zeros_like(tokens),
+        name=row["name"], nll=torch.zeros_like(kl), kl=kl, agreement=torch.zeros_like(tokens),
         tokens=tokens,
     )  # fmt: skip
 
