@@ -82,7 +82,7 @@ def measure(
     from kvq_cli.progress import Titled
     from kvq_evaluation.caches import decoding_reads_codes, evaluate_caches
 
-    if "decode" in ((path,) if isinstance(path, str) else path):
+    if texts and "decode" in ((path,) if isinstance(path, str) else path):
         longest = max(windows.input_ids.shape[1] for windows in texts)
         for name, sidecar in sidecars.items():
             if not decoding_reads_codes(sidecar.config, tokens=longest):

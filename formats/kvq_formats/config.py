@@ -15,6 +15,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -70,6 +71,23 @@ class KVQConfig(BaseModel):
     kmeans: Literal["exact", "sklearn"] = "exact"
     feedback: bool = True
     layer_bits: dict[Annotated[int, Field(ge=0)], tuple[Bits, Bits]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_feedback_without_sensitivity(cls, options: Any) -> Any:
+        """Feedback that nobody asked for is off where there are no gradients to find it by."""
+        if isinstance(options, Mapping) and options.get("sensitivity") == "none":
+            return {"feedback": False, **options}
+        return options
+
+    @field_validator("feedback")
+    @classmethod
+    def _feedback_has_gradients(cls, feedback: bool, info: ValidationInfo) -> bool:
+        if feedback and info.data.get("sensitivity") == "none":
+            raise PydanticCustomError(
+                "feedback_without_sensitivity", "feedback needs sensitivity 'fisher'"
+            )
+        return feedback
 
     @field_validator("layer_bits")
     @classmethod

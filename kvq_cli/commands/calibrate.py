@@ -241,7 +241,7 @@ def calibrate(
             "qnorm": qnorm,
             "sensitivity": sensitivity.value,
             "kmeans": kmeans.value,
-            "feedback": feedback,
+            "feedback": feedback if is_given(context, "feedback") else None,
         },
         bits=bits,
         key_bits=key_bits,

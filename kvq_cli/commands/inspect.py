@@ -132,6 +132,7 @@ def _facts(sidecar: Sidecar) -> list[tuple[str, str]]:
             "options",
             f"{config.sink_tokens} sink and {config.recent_tokens} recent tokens, "
             f"sensitivity {config.sensitivity}, kmeans {config.kmeans}, "
-            f"Q-Norm {'on' if config.qnorm else 'off'}",
+            f"Q-Norm {'on' if config.qnorm else 'off'}, "
+            f"feedback {'on' if config.feedback else 'off'}",
         ),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from accuracy_bars import BARS, Bar, Point, at_bits, below_the_line, judge
+from accuracy_bars import BARS, NEAR_BITS, Bar, Point, at_bits, below_the_line, judge
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,15 +34,18 @@ def test_at_a_setting_the_line_is_the_setting() -> None:
         assert (found.kl, found.stderr) == pytest.approx((one.kl, one.stderr))
 
 
-def test_below_the_fewest_bits_the_smallest_setting_stands() -> None:
-    found = at_bits([FOUR, TWO], 1.5)
+@pytest.mark.parametrize("bits", [1.75, 1.99])
+def test_a_little_below_the_fewest_bits_the_smallest_setting_stands(bits: float) -> None:
+    found = at_bits([FOUR, TWO], bits)
     assert found is not None
     assert (found.kl, found.stderr, found.settings) == (0.08, 0.008, "two")
 
 
-def test_beyond_the_most_bits_there_is_nothing() -> None:
+def test_elsewhere_there_is_nothing() -> None:
     assert at_bits([TWO, FOUR], 4.01) is None
+    assert at_bits([TWO, FOUR], 1.74) is None
     assert at_bits([TWO], 2.01) is None
+    assert at_bits([], 2.0) is None
 
 
 def test_the_nearest_settings_count() -> None:
@@ -70,7 +73,7 @@ def test_a_line_stays_between_its_neighbours(points: list, bits: float) -> None:
     assert at_bits(settings[::-1], bits) == found
     lower = [s for s in settings if s.bits < bits]
     upper = [s for s in settings if s.bits >= bits]
-    if not upper:
+    if not upper or (not lower and min(s.bits for s in upper) > bits + NEAR_BITS):
         assert found is None
         return
     assert found is not None

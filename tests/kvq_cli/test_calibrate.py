@@ -288,7 +288,8 @@ def test_average_bits(
 ) -> None:
     outliers = () if fraction is None else ("--outlier-fraction", fraction)
     given = (
-        "calibrate", tiny_model_dir, "--average-bits", 2.75, *outliers, "--dataset", text_file, *SMALL,
+        "calibrate", tiny_model_dir, "--average-bits", 2.75, *outliers,
+        "--dataset", text_file, *SMALL,
     )  # fmt: skip
     planned = kvq(*given, "--dry-run", "--json").json
     ran = kvq(*given, "--json")

@@ -59,7 +59,12 @@ def test_without_sensitivity_there_is_nothing_to_feed_back_by(
         *SMALL, "--json",
     )  # fmt: skip
     assert ran.code == 0
+    assert ran.json["config"]["feedback"] is False
     assert not FEEDBACK & set(tensors_of(tmp_path / "q"))
+    ran = kvq("calibrate", tiny_model_dir, "-o", "p", "--sensitivity", "none", "--feedback", *SMALL)
+    assert ran.code == 2
+    assert "feedback needs sensitivity 'fisher'" in " ".join(ran.stderr.split())
+    assert not (tmp_path / "p").exists()
 
 
 def test_a_dry_run_says_what_is_planned(

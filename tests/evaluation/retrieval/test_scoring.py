@@ -83,7 +83,7 @@ def test_an_item_counts_if_all_of_its_tokens_are_right(
         },
         path=path,
     )
-    assert list(scores)[0] == UNQUANTIZED
+    assert next(iter(scores)) == UNQUANTIZED
     found = {name: one[0].accuracy for name, one in scores.items()}
     assert found["right"] == 1
     assert found["one token wrong"] == found["another wrong"] == pytest.approx(2 / 3)
@@ -116,7 +116,7 @@ def test_both_paths_agree_where_nothing_is_quantized(tiny_llama: LlamaForCausalL
 def test_logits_that_are_not_finite_are_refused(tiny_llama: LlamaForCausalLM) -> None:
     asked = example([0, 5], [10], item_tokens=(1,), task="multi_key")
     broken = {"q": variant(tiny_llama, {5: 10}, math.nan)}
-    with pytest.raises(CalibrationError, match="q gave NaN .* example of multi_key"):
+    with pytest.raises(CalibrationError, match=r"q gave NaN .* example of multi_key"):
         score_examples(tiny_llama, [asked], variants=broken)
 
 
