@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from kvq_evaluation.retrieval.documents import CHAIN_VARIABLES, RETRIEVAL_TASKS, Document
 from kvq_evaluation.retrieval.words import NUMBERS, WORDS
 
-TASK_SHARES = {"passkey": 1, "multi_key": 3, "variable_tracking": 3, "common_words": 2}
+TASK_SHARES = {"passkey": 1, "multi_key": 3, "variable_tracking": 3, "common_words": 3}
 """How often a document is of each task."""
 
 ANSWER_WEIGHTS = {"passkey": 4.0, "multi_key": 1.0, "variable_tracking": 1.0, "common_words": 3.0}

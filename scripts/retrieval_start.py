@@ -40,7 +40,7 @@ def start(model: LlamaForCausalLM) -> None:
         layer.mlp.down_proj.weight.normal_(0, 0.02)
         layer.self_attn.o_proj.weight.normal_(0, 0.02)
     model.model.norm.weight.fill_(0.3)
-    first, second = (model.model.layers[index].self_attn for index in (0, 1))
+    first, second, last = (model.model.layers[index].self_attn for index in (0, 1, -1))
 
     # The first pair of heads copies the token before, and the one before that, into their slots.
     place = slice(0, SLOT)
@@ -63,6 +63,11 @@ def start(model: LlamaForCausalLM) -> None:
         part = slice(head * SLOT, (head + 1) * SLOT)
         second.q_proj.weight[part] += 2 * _from_slot(slot, model)
         second.o_proj.weight[:, part] += _from_slot(0, model).T
+
+    # A head that averages all tokens knows which words of a list are common.
+    last.q_proj.weight[:SLOT] = 0
+    last.v_proj.weight[:SLOT] += _from_slot(0, model)
+    last.o_proj.weight[:, :SLOT] += _from_slot(0, model).T
 
 
 def _from_slot(slot: int, model: LlamaForCausalLM) -> Tensor:

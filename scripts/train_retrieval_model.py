@@ -8,7 +8,7 @@ whole words, ``training_log.csv``, ``calibration.txt`` (documents to calibrate a
 ``README.md``, with accuracies on texts that neither saw.
 
 Weights start as ``retrieval_start.py`` says, rows are those of ``retrieval_rows.py``: short ones
-first, with many questions behind each text.
+first, with many questions behind each text. The schedule is one of time: a faster core sees more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from retrieval_card import Training, calibration_text, write_readme
 from retrieval_rows import Rows
 from retrieval_start import ROTARY_BASE, SLOT, start
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -29,14 +30,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Words
 
-from kvq_evaluation.retrieval import RETRIEVAL_TASKS, evaluate_retrieval
+from kvq_evaluation.retrieval import RETRIEVAL_TASKS
 from kvq_evaluation.retrieval.words import FILLER, NUMBERS, WORDS
 
 BOS, EOS, UNKNOWN = "<s>", "</s>", "<unk>"
 POSITIONS = 1024
 REPORT_EVERY = 50
-HELD_OUT = {"seed": 1_000_003, "count": 100}
-CALIBRATION_SEED, CALIBRATION_DOCUMENTS = "calibration", 40
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,10 @@ def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> tupl
     return (each * weight).sum() / weight.sum(), right
 
 
-def train(args: argparse.Namespace, model: LlamaForCausalLM, rows: Rows) -> list[tuple]:
-    """Train for so many minutes; returns (step, row length, tokens, loss, right) now and then."""
+def train(
+    args: argparse.Namespace, model: LlamaForCausalLM, rows: Rows
+) -> list[tuple[int, int, int, float, float]]:
+    """Train for so many minutes; returns the curve of ``retrieval_card.Training``."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
@@ -153,12 +154,6 @@ def train(args: argparse.Namespace, model: LlamaForCausalLM, rows: Rows) -> list
             curve.append((step, phase.length, seen, *means))
             recent = []
             print(f"{progress:6.1%} step {step} rows of {phase.length} {means}", flush=True)
-        if step % (10 * REPORT_EVERY) == 0:
-            save(model, args.output)
-            for task, accuracy in accuracies(
-                model, word_tokenizer(), phase.length, count=10
-            ).items():
-                print(f"    {task} {accuracy:.3f}", flush=True)
     return curve
 
 
@@ -169,21 +164,6 @@ def save(model: LlamaForCausalLM, output: Path) -> None:
     shipped.save_pretrained(output)
 
 
-def accuracies(
-    model: LlamaForCausalLM, tokenizer: Words, tokens: int, count: int
-) -> dict[str, float]:
-    rows = evaluate_retrieval(
-        model,
-        tokenizer,
-        [],
-        tasks=tuple(RETRIEVAL_TASKS),
-        tokens=max(tokens, 256),
-        count=count,
-        seed=HELD_OUT["seed"],
-    )
-    return {row.task: row.accuracy for row in rows}
-
-
 def main() -> None:
     args = parse_arguments()
     torch.manual_seed(args.seed)
@@ -191,12 +171,27 @@ def main() -> None:
     tokenizer = word_tokenizer()
     tokenizer.save_pretrained(args.output)
     model = make_model(args, tokenizer)
+    started = time.monotonic()
     curve = train(args, model, Rows(tokenizer, args.seed))
+    minutes = (time.monotonic() - started) / 60
     save(model, args.output)
     with open(args.output / "training_log.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "row_tokens", "tokens", "loss", "looked_up_right"])
         writer.writerows((*counts, f"{loss:.4f}", f"{right:.4f}") for *counts, loss, right in curve)
+    (args.output / "calibration.txt").write_text(calibration_text(), encoding="utf-8")
+    write_readme(
+        args.output,
+        LlamaForCausalLM.from_pretrained(args.output).eval(),
+        tokenizer,
+        Training(
+            curve=curve,
+            seed=args.seed,
+            minutes=minutes,
+            threads=torch.get_num_threads(),
+            command=f"scripts/{Path(__file__).name}",
+        ),
+    )
 
 
 if __name__ == "__main__":
