@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +27,44 @@ RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = ("tiny-qwen3", "tiny-llama", "tiny-llama-outliers")
 """Each is measured by a process of its own, the slowest first."""
 
-WINDOWS, DECODED_WINDOWS = 10, 3
+WINDOWS, DECODED_WINDOWS = 10, 4
 
 
 def measure(name: str, *, dataset: str, windows: int, decoded: int) -> list[dict[str, Any]]:
     """Rows of one model."""
-    from accuracy_caches import GARBAGE
+    from accuracy_caches import GARBAGE, STEPPED, TOKEN_BY_TOKEN
     from accuracy_garbage import garbage
+    from accuracy_one_forward import OneForward
     from results_csv import PlainProgress, provenance
 
     from kvq_calibration.data import load_text, token_windows
     from kvq_evaluation.caches import evaluate_caches
 
     progress = PlainProgress()
-    rows: list[dict[str, Any]] = []
+    rows: list[Any] = []
     with open_model(name) as loaded:
         text = load_text(dataset, purpose="eval")
         cut = token_windows(loaded.tokenizer, text, num_windows=windows, seq_len=SEQ_LEN)
         origin = provenance(loaded.model, name=name, seq_len=SEQ_LEN)
+        evaluate = partial(
+            evaluate_caches,
+            loaded.model,
+            dataset=cut.name,
+            windows_available=cut.windows_total,
+            progress=progress,
+        )
         sidecars, baselines = _caches(loaded, progress)
         first = next(iter(sidecars.values()))
         sidecars[GARBAGE] = garbage(first)
-        for path_name, used in (("prefill", windows), ("decode", decoded)):
-            rows += [
-                {**origin, **_plain(row), **_paper_bits(row, baselines, first)}
-                for row in evaluate_caches(
-                    loaded.model,
-                    cut.input_ids[:used],
-                    sidecars if path_name == "prefill" else _decoded(sidecars),
-                    baselines if path_name == "prefill" else _first_seeds(baselines),
-                    dataset=cut.name,
-                    windows_available=cut.windows_total,
-                    path=path_name,  # type: ignore[arg-type]
-                    progress=progress,
-                )
-            ]
-    return rows
+        for path, used in (("prefill", windows), ("decode", decoded)):
+            # In one forward on both paths, ours and the others; token by token is checked below.
+            as_codecs = {one: OneForward(made) for one, made in sidecars.items()}
+            rows += evaluate(cut.input_ids[:used], {}, {**as_codecs, **baselines}, path=path)
+        stepped = {f"{STEPPED} @ 0": sidecars[f"{STEPPED} @ 0"]}
+        rows += evaluate(cut.input_ids[:1], stepped, {}, path="decode")[1:]
+        plain = [{**origin, **_plain(row), **_paper_bits(row, baselines, first)} for row in rows]
+    plain[-1]["name"] = TOKEN_BY_TOKEN
+    return plain
 
 
 def _caches(loaded: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,18 +118,6 @@ def _paper_bits(row: Any, baselines: dict[str, Any], sidecar: Any) -> dict[str, 
     return {
         "paper_bits": counted.effective_bits(shape.num_kv_heads, shape.head_dim, tokens=SEQ_LEN)
     }
-
-
-def _decoded(sidecars: dict[str, Any]) -> dict[str, Any]:
-    """Those that are decoded token by token, which takes ten times as long."""
-    from accuracy_caches import GARBAGE, ours
-
-    names = {f"{one.name} @ 0" for one in ours() if one.seeds > 1} | {GARBAGE}
-    return {name: sidecar for name, sidecar in sidecars.items() if name in names}
-
-
-def _first_seeds(caches: dict[str, Any]) -> dict[str, Any]:
-    return {name: one for name, one in caches.items() if "@" not in name or name.endswith("@ 0")}
 
 
 def _plain(row: Any) -> dict[str, Any]:

@@ -23,8 +23,7 @@ class Ours:
         line: what it is a point of in the plot.
         config: the options; widths are not used where there is an average.
         average_bits: of widths chosen by expected loss, or None.
-        seeds: how many of ``SEEDS`` it is calibrated with; with the first of several it is also
-            decoded token by token.
+        seeds: how many of ``SEEDS`` it is calibrated with.
     """
 
     name: str
@@ -43,6 +42,9 @@ AVERAGES = (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
 SEEDED_AVERAGES = (2.0, 2.75, 3.0, 3.75)
 
 GARBAGE = "garbage codebook"
+
+STEPPED, TOKEN_BY_TOKEN = "kvq 2", "kvq 2, token by token"
+"""The setting that is also decoded token by token through its packed cache, on one window."""
 
 
 def ours() -> list[Ours]:

@@ -14,7 +14,16 @@ from accuracy_bars import (
     below_the_line,
     judge,
 )
-from accuracy_caches import AVERAGE, GARBAGE, LINES, PAPER, PAPER_BITS, UNIFORM
+from accuracy_caches import (
+    AVERAGE,
+    GARBAGE,
+    LINES,
+    PAPER,
+    PAPER_BITS,
+    STEPPED,
+    TOKEN_BY_TOKEN,
+    UNIFORM,
+)
 from accuracy_choices_table import choices_table
 from accuracy_models import TITLES
 from accuracy_plot import write_plot
@@ -110,7 +119,7 @@ def _tables(rows: dict[str, list[Row]]) -> Iterator[str]:
             for point in points:
                 yield _table_row(rows[model], method, point, decoded.get(point.name))
         yield _garbage_row(rows[model])
-        yield ""
+        yield f"\n{_stepped(rows[model])}\n"
 
 
 def _table_row(rows: Sequence[Row], method: str, point: Point, decoded: Point | None) -> str:
@@ -138,6 +147,17 @@ def _garbage_row(rows: Sequence[Row]) -> str:
         for path in PATHS
     )
     return f"| check | {GARBAGE} | | {prefill} | | | | | | {decode} |"
+
+
+def _stepped(rows: Sequence[Row]) -> str:
+    """The check that one forward under the runtime rule is what decoding reads."""
+    (stepped,) = seeds_of(rows, TOKEN_BY_TOKEN, "decode")
+    once = seeds_of(rows, STEPPED, "decode")[0]
+    total, tokens = float(once["window_kl"].split()[0]), int(stepped["tokens"])
+    return (
+        f"First window of `{STEPPED}` on the decode path: KL {float(stepped['kl']):.6f} token by "
+        f"token through the packed cache, {total / tokens:.6f} in one forward."
+    )
 
 
 def _with_error(point: Point) -> str:

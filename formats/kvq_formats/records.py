@@ -41,7 +41,8 @@ class CalibrationRecord(BaseModel):
 
     Fields:
         dataset: its name, as given.
-        revision: commit sha of a Hub data set; None for local or bundled text.
+        revision: commit sha of a Hub data set; ``sha256:`` and the hash of a bundled text; None for
+            a local file.
         num_samples, seq_len: windows, and tokens a window.
         seed: that chose the windows.
         token_sha256: of the token ids, so that the same text can be recognised.

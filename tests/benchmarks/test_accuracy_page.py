@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from accuracy_caches import AVERAGE, GARBAGE, RIVALS, UNIFORM, ours
+from accuracy_caches import AVERAGE, GARBAGE, RIVALS, TOKEN_BY_TOKEN, UNIFORM, ours
 from accuracy_choices import CHANGES, DEFAULT
 from accuracy_models import TITLES
 from accuracy_page import between, write_page
@@ -37,11 +37,12 @@ def rows(factor: float) -> list[dict[str, object]]:
             bits = one.average_bits or one.config.key_bits
             found += [
                 row(one.name, path, bits, factor * 10.0**-bits, str(seed))
-                for seed in range(one.seeds if path == "prefill" else 1)
+                for seed in range(one.seeds)
             ]
         for settings in RIVALS.values():
             found += [row(name, path, bits, 10.0**-bits) for bits, name in enumerate(settings, 2)]
         found.append(row(GARBAGE, path, 2.0, 5.0, ""))
+    found.append({**row(TOKEN_BY_TOKEN, "decode", 2.0, 0.25), "tokens": 10})
     return found
 
 
@@ -77,6 +78,8 @@ def test_every_setting_has_its_row_and_the_rest_of_the_page_stays(results: Path)
     # KVQuant's bits by its code, and by its paper in brackets.
     assert "| KVQuant | `kvquant3` | 3.000 (2.50) |" in text
     assert f"| check | {GARBAGE} | | 5.00 | | | | | | 5.00 |" in text
+    # Of the first window 9 * 0.1 * 10**-2 over ten tokens.
+    assert "KL 0.250000 token by token through the packed cache, 0.000900 in one forward." in text
     # Within two standard errors: in brackets.
     assert "(1.00 times)" in text
     assert " 1.00 times |" not in text.replace("(1.00 times)", "")

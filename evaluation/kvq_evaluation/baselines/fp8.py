@@ -70,8 +70,8 @@ class Fp8:
     def effective_bits(
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
-        """8, and the sinks' share of ``tokens``."""
-        return uniform.with_exact_tokens(8.0, exact_tokens=self.sink_tokens, tokens=tokens)
+        """8; sinks and recent tokens at 16."""
+        return uniform.with_exact_tokens(8.0, self, tokens=tokens)
 
 
 def scale(x: Tensor, largest_code: float) -> float:

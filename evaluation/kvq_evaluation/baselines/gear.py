@@ -81,8 +81,7 @@ class Gear:
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
         """KIVI's, ``32 * outlier_fraction`` and ``16 * rank / D``; sinks and window at 16 bits."""
-        exact = self.sink_tokens + self.recent_tokens
-        coded_tokens = None if tokens is None else max(1, tokens - exact)
+        coded_tokens = None if tokens is None else uniform.coded_tokens(self, tokens)
         channels, rank = num_kv_heads * head_dim, min(self.rank, head_dim)
         apart, factors = self.outlier_fraction, rank / head_dim
         if coded_tokens is not None:
@@ -91,7 +90,7 @@ class Gear:
         apart += _each_side(channels, self.outlier_fraction) * 2 / channels
         coded = self._kivi().effective_bits(num_kv_heads, head_dim, tokens=coded_tokens)
         coded += OUTLIER_BITS * apart / 2 + uniform.EXACT_BITS * factors
-        return uniform.with_exact_tokens(coded, exact_tokens=exact, tokens=tokens)
+        return uniform.with_exact_tokens(coded, self, tokens=tokens)
 
     def _kivi(self) -> Kivi:
         return Kivi(bits=self.bits, layers=self.layers, group=self.group, sink_tokens=0)

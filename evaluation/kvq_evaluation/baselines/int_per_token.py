@@ -38,13 +38,9 @@ class IntPerToken:
     def effective_bits(
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
-        """``bits + 32 / C``, and the sinks' share of ``tokens``."""
-        return uniform.effective_bits(
-            bits=self.bits,
-            group=num_kv_heads * head_dim,
-            sink_tokens=self.sink_tokens,
-            tokens=tokens,
-        )
+        """``bits + 32 / C``; sinks and recent tokens at 16."""
+        coded = uniform.group_bits(bits=self.bits, group=num_kv_heads * head_dim)
+        return uniform.with_exact_tokens(coded, self, tokens=tokens)
 
     def _round_trip(self, vectors: Tensor) -> Tensor:
         num_kv_heads, tokens, head_dim = vectors.shape

@@ -50,11 +50,9 @@ class IntPerTokenHead:
     def effective_bits(
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
-        """``bits + 32 / group`` where groups fill the head, and the sinks' share of ``tokens``."""
+        """``bits + 32 / group`` where groups fill the head; sinks and recent tokens at 16."""
         allocated = uniform.allocated_bytes(head_dim, bits=self.bits, group=self.group or head_dim)
-        return uniform.with_exact_tokens(
-            8 * allocated / head_dim, exact_tokens=self.sink_tokens, tokens=tokens
-        )
+        return uniform.with_exact_tokens(8 * allocated / head_dim, self, tokens=tokens)
 
     def _round_trip(self, vectors: Tensor) -> Tensor:
         return uniform.by_group(

@@ -56,10 +56,9 @@ class Kivi:
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
         """``bits + 32 / group`` where groups are complete; sinks and the residual at 16 bits."""
-        exact = self.sink_tokens + self.recent_tokens
-        coded_tokens = self.group if tokens is None else max(1, tokens - exact)
+        coded_tokens = self.group if tokens is None else uniform.coded_tokens(self, tokens)
         coded = (self._bits_along(coded_tokens) + self._bits_along(head_dim)) / 2
-        return uniform.with_exact_tokens(coded, exact_tokens=exact, tokens=tokens)
+        return uniform.with_exact_tokens(coded, self, tokens=tokens)
 
     def _bits_along(self, numbers: int) -> float:
         allocated = uniform.allocated_bytes(numbers, bits=self.bits, group=self.group)

@@ -125,7 +125,7 @@ class KVQuant:
     def effective_bits(
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
-        """Codes, outliers and what a token keeps for its values; the sinks' share of ``tokens``.
+        """Codes, outliers and what a token keeps for its values; sinks and recent tokens at 16.
 
         "code" (``deployment/``, ``QuantK`` and ``QuantV``): 32-bit value and index an outlier;
         keys, being uncapped, in rows with an int32 pointer a token and an int32 start every 10
@@ -142,9 +142,7 @@ class KVQuant:
         else:
             keys, values = f * 32, value_share * 32 + 32 / C
         codes = 8 * -(-self.bits * C // 8) / C
-        return uniform.with_exact_tokens(
-            codes + (keys + values) / 2, exact_tokens=self.sink_tokens, tokens=tokens
-        )
+        return uniform.with_exact_tokens(codes + (keys + values) / 2, self, tokens=tokens)
 
     def _outliers_per_side(self, channels: int) -> int:
         if not self.outlier_fraction:

@@ -78,14 +78,13 @@ class MiKV:
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
         """Codes, classes, ``32 / D``; 16 bits for all of a text's keys in a channel."""
-        exact = self.sink_tokens + self.recent_tokens
-        coded_tokens = None if tokens is None else max(1, tokens - exact)
+        coded_tokens = None if tokens is None else uniform.coded_tokens(self, tokens)
         widths = [self.bits, self.low_bits]
         coded = saliency.code_bits(widths, self.salient_fraction, head_dim, tokens=coded_tokens)
         coded += 8 * uniform.GROUP_BYTES / head_dim
         if coded_tokens is not None:
             coded += 16 / coded_tokens / 2
-        return uniform.with_exact_tokens(coded, exact_tokens=exact, tokens=tokens)
+        return uniform.with_exact_tokens(coded, self, tokens=tokens)
 
 
 def channel_balancer(queries: Tensor, keys: Tensor) -> Tensor:

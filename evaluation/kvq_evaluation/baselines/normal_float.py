@@ -57,13 +57,11 @@ class NormalFloat:
     def effective_bits(
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
-        """``bits + 16 / group`` where blocks fill the head, and the sinks' share of ``tokens``."""
+        """``bits + 16 / group`` where blocks fill the head; sinks and recent tokens at 16."""
         allocated = uniform.allocated_bytes(
             head_dim, bits=self.bits, group=self.group, metadata=SCALE_BYTES
         )
-        return uniform.with_exact_tokens(
-            8 * allocated / head_dim, exact_tokens=self.sink_tokens, tokens=tokens
-        )
+        return uniform.with_exact_tokens(8 * allocated / head_dim, self, tokens=tokens)
 
     def _round_trip(self, blocks: Tensor) -> Tensor:
         entries = codebook(self.bits).to(blocks.device)

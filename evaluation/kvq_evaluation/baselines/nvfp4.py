@@ -84,11 +84,9 @@ class Nvfp4:
     def effective_bits(
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
-        """4.5 (NVFP4) or 4.25 (MXFP4) where blocks fill the head; the sinks at 16."""
+        """4.5 (NVFP4) or 4.25 (MXFP4) where blocks fill the head; sinks and recent tokens at 16."""
         allocated = uniform.allocated_bytes(head_dim, bits=4, group=GROUPS[self.format], metadata=1)
-        return uniform.with_exact_tokens(
-            8 * allocated / head_dim, exact_tokens=self.sink_tokens, tokens=tokens
-        )
+        return uniform.with_exact_tokens(8 * allocated / head_dim, self, tokens=tokens)
 
     def _decoded(self, vectors: Tensor, tensor_scale: float) -> Tensor:
         def quantize(blocks: Tensor) -> Tensor:

@@ -105,10 +105,7 @@ class Oscar:
         allocated = uniform.allocated_bytes(
             head_dim, bits=self.bits, group=min(self.group, head_dim)
         )
-        exact = self.sink_tokens + self.recent_tokens
-        return uniform.with_exact_tokens(
-            8 * allocated / head_dim, exact_tokens=exact, tokens=tokens
-        )
+        return uniform.with_exact_tokens(8 * allocated / head_dim, self, tokens=tokens)
 
     def _round_trip(self, vectors: Tensor, turn: Tensor, ratio: float) -> Tensor:
         turn, head_dim = turn.to(vectors.device), vectors.shape[-1]

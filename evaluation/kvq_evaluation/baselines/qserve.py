@@ -80,10 +80,9 @@ class QServe:
     def effective_bits(
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
-        """``bits + 32 / D``, and the sinks' share of ``tokens``."""
-        return uniform.effective_bits(
-            bits=self.bits, group=head_dim, sink_tokens=self.sink_tokens, tokens=tokens
-        )
+        """``bits + 32 / D``; sinks and recent tokens at 16."""
+        coded = uniform.group_bits(bits=self.bits, group=head_dim)
+        return uniform.with_exact_tokens(coded, self, tokens=tokens)
 
 
 def smoothing_scales(rotated_keys: Tensor, alpha: float) -> Tensor:

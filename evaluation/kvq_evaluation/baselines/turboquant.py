@@ -69,13 +69,11 @@ class TurboQuant:
     def effective_bits(
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
-        """``bits + 16 / D``, and the sinks' share of ``tokens``."""
+        """``bits + 16 / D``; sinks and recent tokens at 16."""
         allocated = uniform.allocated_bytes(
             head_dim, bits=self.bits, group=head_dim, metadata=NORM_BYTES
         )
-        return uniform.with_exact_tokens(
-            8 * allocated / head_dim, exact_tokens=self.sink_tokens, tokens=tokens
-        )
+        return uniform.with_exact_tokens(8 * allocated / head_dim, self, tokens=tokens)
 
     def _round_trip(self, vectors: Tensor) -> Tensor:
         head_dim = vectors.shape[-1]

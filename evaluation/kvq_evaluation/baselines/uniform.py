@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvq_formats.errors import ConfigError
+from kvq_runtime.evaluation_rule import CacheCodec
 
 GROUP_BYTES = 4
 """An fp16 scale and an fp16 zero beside the codes of a group."""
@@ -52,24 +53,25 @@ def allocated_bytes(numbers: int, *, bits: int, group: int, metadata: int = GROU
     return allocated + (-(-bits * rest // 8) + metadata if rest else 0)
 
 
-def with_exact_tokens(coded: float, *, exact_tokens: int, tokens: int | None) -> float:
-    """Bits a number where ``exact_tokens`` of ``tokens`` are kept as they are, the rest coded.
+def coded_tokens(codec: CacheCodec, tokens: int) -> int:
+    """Tokens of ``tokens`` that are neither sinks nor recent, and 1 where there are none."""
+    return max(1, tokens - codec.sink_tokens - codec.recent_tokens)
+
+
+def with_exact_tokens(coded: float, codec: CacheCodec, *, tokens: int | None) -> float:
+    """Bits a number where sinks and recent tokens of ``tokens`` take 16, the others ``coded``.
 
     Without ``tokens`` the text is taken as endless, so that exact tokens weigh nothing.
     """
     if tokens is None:
         return coded
-    share = min(1.0, exact_tokens / tokens)
+    share = min(1.0, (codec.sink_tokens + codec.recent_tokens) / tokens)
     return (1 - share) * coded + share * EXACT_BITS
 
 
-def effective_bits(*, bits: int, group: int, sink_tokens: int, tokens: int | None) -> float:
-    """Bits a cached number: codes in whole bytes a group, scale and zero, and the sinks.
-
-    Without ``tokens`` the text is taken as endless, so that sinks weigh nothing.
-    """
-    coded = 8 * allocated_bytes(group, bits=bits, group=group) / group
-    return with_exact_tokens(coded, exact_tokens=sink_tokens, tokens=tokens)
+def group_bits(*, bits: int, group: int) -> float:
+    """Bits a coded number of a complete group: codes in whole bytes, scale and zero."""
+    return 8 * allocated_bytes(group, bits=bits, group=group) / group
 
 
 def check_options(*, bits: int, group: int | None = None, fewest_bits: int = 1) -> None:

@@ -81,8 +81,9 @@ class VidKV:
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
         """``key_bits`` and 1.6, 32 or 16 bits a group, and a layer's choice of channels."""
-        exact = self.sink_tokens + self.recent_tokens
-        length = DIGITS_A_BYTE * self.group if tokens is None else max(1, tokens - exact)
+        length = DIGITS_A_BYTE * self.group
+        if tokens is not None:
+            length = uniform.coded_tokens(self, tokens)
         wide = uniform.allocated_bytes(length, bits=2, group=self.group)
         normal = uniform.allocated_bytes(length, bits=1, group=self.group, metadata=SCALE_BYTES)
         count = self._num_wide(head_dim)
@@ -91,7 +92,7 @@ class VidKV:
             key_bytes += -(-head_dim // 8)
         value_bytes = -(-length // DIGITS_A_BYTE) + SCALE_BYTES * -(-length // self.group)
         coded = 4 * (key_bytes / (num_kv_heads * head_dim) + value_bytes) / length
-        return uniform.with_exact_tokens(coded, exact_tokens=exact, tokens=tokens)
+        return uniform.with_exact_tokens(coded, self, tokens=tokens)
 
     def _num_wide(self, head_dim: int) -> int:
         return int(head_dim * (self.key_bits - 1))

@@ -81,8 +81,7 @@ class ZipCache:
         self, num_kv_heads: int, head_dim: int, *, tokens: int | None = None
     ) -> float:
         """Codes, classes, 32 bits a row of values; for all of a text, ranges and channel scales."""
-        exact = self.sink_tokens + self.recent_tokens
-        coded_tokens = None if tokens is None else max(1, tokens - exact)
+        coded_tokens = None if tokens is None else uniform.coded_tokens(self, tokens)
         widths = [self.bits, self.low_bits]
         coded = saliency.code_bits(widths, self.salient_fraction, head_dim, tokens=coded_tokens)
         coded += 8 * uniform.GROUP_BYTES / (num_kv_heads * head_dim) / 2
@@ -90,7 +89,7 @@ class ZipCache:
             # A key channel has a scale and zero in each class that has tokens, a value channel 16.
             classes = sum(n > 0 for n in saliency.class_sizes(coded_tokens, self.salient_fraction))
             coded += (8 * uniform.GROUP_BYTES * classes + 16) / coded_tokens / 2
-        return uniform.with_exact_tokens(coded, exact_tokens=exact, tokens=tokens)
+        return uniform.with_exact_tokens(coded, self, tokens=tokens)
 
 
 def probes(tokens: int, seed: int) -> Tensor:

@@ -57,6 +57,24 @@ def test_every_method_makes_a_codec(method: str) -> None:
     assert 1.5 < codec.effective_bits(H, D, tokens=4096) < 9
 
 
+@pytest.mark.parametrize("method", method_summaries())
+def test_recent_tokens_are_charged(method: str) -> None:
+    """As sinks are: a window of 100 more tokens costs 16 bits for each of its numbers."""
+    parsed = BaselineName.parse(f"{method}4" if method_widths(method) else method)
+    given = samples if parsed.method.calibrated else unasked
+
+    def bits(*, tokens: int, sink_tokens: int, recent_tokens: int) -> float:
+        codec = parsed.make(
+            layers=(0, 1), samples=given, sink_tokens=sink_tokens, recent_tokens=recent_tokens
+        )
+        return codec.effective_bits(H, D, tokens=tokens)
+
+    coded = bits(tokens=4000, sink_tokens=0, recent_tokens=0)
+    charged = bits(tokens=4101, sink_tokens=1, recent_tokens=100)
+    assert charged == pytest.approx((4000 * coded + 101 * 16) / 4101)
+    assert bits(tokens=101, sink_tokens=1, recent_tokens=200) == 16
+
+
 def test_bits_and_groups_arrive() -> None:
     codec = BaselineName.parse("kivi2-g16").make(layers=(0,), samples=unasked, sink_tokens=3)
     # 2 + 32 / 16, and 3 of 4,099 tokens at 16 bits.

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvq_evaluation.baselines import uniform
+from kvq_evaluation.baselines.exact import Exact
 from kvq_formats.errors import ConfigError
 
 HALF_U = 2.0**-11
@@ -46,15 +47,12 @@ def test_a_constant_group_stays() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("group", [64, 128, 512])
 def test_bits_are_counted_from_bytes(bits: int, group: int) -> None:
-    counted = uniform.effective_bits(bits=bits, group=group, sink_tokens=1, tokens=None)
-    assert counted == bits + 32 / group
-    with_sink = uniform.effective_bits(bits=bits, group=group, sink_tokens=1, tokens=1000)
-    assert with_sink == pytest.approx((999 * counted + 16) / 1000)
+    assert uniform.group_bits(bits=bits, group=group) == bits + 32 / group
 
 
 def test_an_odd_group_pays_for_its_last_byte() -> None:
     # 3 x 10 bits take 4 bytes, scale and zero 4 more: 64 bits for 10 numbers.
-    assert uniform.effective_bits(bits=3, group=10, sink_tokens=0, tokens=None) == 6.4
+    assert uniform.group_bits(bits=3, group=10) == 6.4
 
 
 def test_the_last_group_is_shorter() -> None:
@@ -76,9 +74,11 @@ def test_bytes_of_a_shorter_group() -> None:
 
 def test_exact_tokens_weigh_their_share() -> None:
     # A quarter of the tokens at 16 bits, the rest at 4.
-    assert uniform.with_exact_tokens(4.0, exact_tokens=25, tokens=100) == 7.0
-    assert uniform.with_exact_tokens(4.0, exact_tokens=25, tokens=10) == 16.0
-    assert uniform.with_exact_tokens(4.0, exact_tokens=25, tokens=None) == 4.0
+    codec = Exact((0,), sink_tokens=5, recent_tokens=20)
+    assert uniform.with_exact_tokens(4.0, codec, tokens=100) == 7.0
+    assert uniform.with_exact_tokens(4.0, codec, tokens=10) == 16.0
+    assert uniform.with_exact_tokens(4.0, codec, tokens=None) == 4.0
+    assert [uniform.coded_tokens(codec, tokens) for tokens in (100, 10)] == [75, 1]
 
 
 @pytest.mark.parametrize("options", [{"bits": 0}, {"bits": 9}, {"bits": 4, "group": 0}])
