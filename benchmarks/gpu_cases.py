@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvq_formats.codebook import Codebook
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
+from kvq_formats.feedback import Feedback
 from kvq_formats.pages import KeyPages, ValuePages
 from kvq_formats.parameters import KeyParameters, LayerParameters, ValueParameters
 from kvq_kernels.attention import DecodedPages
@@ -33,6 +34,9 @@ OUTLIER_DEVIATIONS = 2.5758
 
 ROPE_THETA = 500_000.0
 
+GRADIENTS = 16
+"""Random gradients that feedback is fitted to, for each channel."""
+
 
 @dataclass(frozen=True)
 class PackedLayerTables:
@@ -47,10 +51,16 @@ class PackedLayerTables:
     values: ValuePacker
 
     @classmethod
-    def of(cls, shape: Shape, codes: Codes, *, device: torch.device) -> PackedLayerTables:
-        """For normal numbers, of which the config's share are outliers."""
+    def of(
+        cls, shape: Shape, codes: Codes, *, device: torch.device, feedback: bool = False
+    ) -> PackedLayerTables:
+        """For normal numbers, of which the config's share are outliers.
+
+        ``feedback`` makes packing dearer and leaves what is read as large as it is: caches that are
+        only read do without.
+        """
         H, D = shape.num_kv_heads, shape.head_dim
-        config = codes.config
+        config = codes.config.model_copy(update={"feedback": feedback})
         # Quantiles of the normal distribution: entries where numbers are.
         shares = (torch.arange(1 << codes.bits) + 0.5) / (1 << codes.bits)
         entries = torch.special.ndtri(shares.double())
@@ -61,8 +71,11 @@ class PackedLayerTables:
                 half_range=torch.full((H, D), OUTLIER_DEVIATIONS),
                 codebook=codebook,
                 outlier_step=1 / 64,
+                feedback=random_feedback(H, D) if feedback else None,
             ),
-            value=ValueParameters(codebook, outlier_step=1 / 64),
+            value=ValueParameters(
+                codebook, outlier_step=1 / 64, feedback=random_feedback(H, D) if feedback else None
+            ),
         )
         half = D // 2
         frequencies = ROPE_THETA ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -88,6 +101,12 @@ class PackedLayerTables:
             keys=KeyPacker(parameters.key, config, device=device),
             values=ValuePacker(parameters.value, config, device=device),
         )
+
+
+def random_feedback(H: int, D: int) -> Feedback:
+    """Of gradients that prefer no direction: gains are small, and outliers stay about as many."""
+    gradients = torch.randn(H, GRADIENTS * D, D, dtype=torch.float64)
+    return Feedback.fit(gradients.mT @ gradients, damping=0.0)
 
 
 def shares_of(tokens: int) -> tuple[int, int, int]:

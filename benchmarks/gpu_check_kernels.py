@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from gpu_baselines import relative_error
-from gpu_cases import SINKS, TABLE_MULTIPLE, PackedLayerTables, ReferencePages
+from gpu_cases import SINKS, TABLE_MULTIPLE, PackedLayerTables, ReferencePages, random_feedback
 from gpu_shapes import Codes, Shape
 from torch import Tensor
 
 from dense_attention import U16, dense_row, score_errors
 from kvq_formats import pages
 from kvq_formats.config import PAGE_TOKENS
+from kvq_formats.parameters import LayerParameters
 from kvq_kernels import attention
 from kvq_kernels.attention import AttentionOptions, ExactTokens
 from kvq_kernels.decode import decode
@@ -95,9 +96,24 @@ def _explained(case: PackedCase, place: int, dense: Any, options: AttentionOptio
 
 
 def check_pack(shape: Shape, codes: Codes, device: torch.device) -> float:
-    """Bytes that differ from the specification's; none is allowed, so that one is infinite."""
+    """Bytes that differ from the specification's; none is allowed, so that one is infinite.
+
+    With error feedback and without, as packing is timed.
+    """
     case = _case(shape, codes)
-    layer = _layer(case, device)
+    H, D = shape.num_kv_heads, shape.head_dim
+    key, value = (
+        replace(part, feedback=random_feedback(H, D))
+        for part in (case.parameters.key, case.parameters.value)
+    )
+    shaped = replace(case, parameters=LayerParameters(key=key, value=value))
+    plain = replace(case, config=case.config.model_copy(update={"feedback": False}))
+    return max(_differing(one, _layer(one, device), shape, device) for one in (shaped, plain))
+
+
+def _differing(
+    case: PackedCase, layer: PackedLayerTables, shape: Shape, device: torch.device
+) -> float:
     generator = torch.Generator().manual_seed(9)
     size = (shape.num_kv_heads, 2 * PAGE_TOKENS, shape.head_dim)
     keys, values = (torch.randn(size, generator=generator).bfloat16() for _ in range(2))

@@ -1,4 +1,4 @@
-"""What packing a prompt costs, beside what else its layer does with it."""
+"""What packing a prompt costs, with error feedback and without, beside what else its layer does."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from gpu_cases import PackedLayerTables, random_numbers
 from gpu_report import CUT, Deadline
-from gpu_shapes import Bench
+from gpu_shapes import Bench, Codes
 from gpu_timing import Lap, copies_of, race
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 MATRICES = "bf16 layer: seven matrices"
+WAYS = {"keys and values": True, "keys and values, without feedback": False}
+"""Rows of packing, and whether with error feedback, as is the default."""
 
 
 def prefill_backends(device: torch.device) -> dict[str, SDPBackend]:
@@ -31,7 +33,7 @@ def run(bench: Bench, deadline: Deadline) -> None:
     shape, T = sizes.prompt_shape, sizes.prompt
     H, D = shape.num_kv_heads, shape.head_dim
     where: dict[str, Any] = {"shape": shape.name, "batch": 1, "tokens": T}
-    packed: dict[str, float] = {}
+    packed: dict[tuple[str, Codes], float] = {}
     with report.guarded("pack", "prompt", **where):
         first = [random_numbers(H, T, D, device=device) for _ in range(2)]
         read = sum(x.nbytes for x in first)
@@ -39,24 +41,24 @@ def run(bench: Bench, deadline: Deadline) -> None:
         copies += [[x.clone() for x in first] for _ in range(copies_of(read, device=device) - 1)]
         laps: dict[str, Lap] = {}
         moved: dict[str, int] = {}
-        for codes in sizes.codes:
-            layer = PackedLayerTables.of(shape, codes, device=device)
-            laps[codes.name] = [_packing(layer, *copy) for copy in copies]
+        rows = {f"{what}: {codes.name}": (what, codes) for codes in sizes.codes for what in WAYS}
+        for name, (what, codes) in rows.items():
+            layer = PackedLayerTables.of(shape, codes, device=device, feedback=WAYS[what])
+            laps[name] = [_packing(layer, *copy) for copy in copies]
             written = [
                 getattr(part, field.name).nbytes
                 for part in _packing(layer, *first)()
                 for field in fields(part)
             ]
-            moved[codes.name] = read + sum(written)
+            moved[name] = read + sum(written)
         timings = race(laps, device=device, expired=deadline.passed)
-        for codes in sizes.codes:
-            timing, cells = timings[codes.name], where | codes.columns
+        for name, (what, codes) in rows.items():
+            timing, cells = timings[name], where | codes.columns
+            report.add_timing("pack", what, timing, **cells)
             if timing.samples:
-                packed[codes.name] = timing.median
-            report.add_timing("pack", "keys and values", timing, **cells)
-            if timing.samples:
-                rate = moved[codes.name] / timing.median / 1e9
-                report.add("pack", "keys and values", "bandwidth", rate, "GB/s", **cells)
+                packed[what, codes] = timing.median
+                rate = moved[name] / timing.median / 1e9
+                report.add("pack", what, "bandwidth", rate, "GB/s", **cells)
     if deadline.passed():
         report.add("pack", "bf16 layer", "us", "", "us", CUT, **where)
         return
@@ -70,11 +72,10 @@ def run(bench: Bench, deadline: Deadline) -> None:
         attention = min((s for name, s in parts.items() if name != MATRICES), default=None)
         if attention is None or MATRICES not in parts:
             return
-        for codes in sizes.codes:
-            if codes.name in packed:
-                share = packed[codes.name] / (attention + parts[MATRICES])
-                note, cells = "of the best causal attention and the matrices", where | codes.columns
-                report.add("pack", "keys and values", "share of prefill", share, "x", note, **cells)
+        note = "of the best causal attention and the matrices"
+        for (what, codes), seconds in packed.items():
+            share, cells = seconds / (attention + parts[MATRICES]), where | codes.columns
+            report.add("pack", what, "share of prefill", share, "x", note, **cells)
 
 
 def _packing(layer: PackedLayerTables, keys: Tensor, values: Tensor) -> Callable[[], tuple]:

@@ -1,31 +1,32 @@
-"""Baselines for ``kvq eval --baseline``: names taken apart, and what they are calibrated on."""
+"""Baselines for ``kvq eval --baseline``: where they are used, and built with notes to the user."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import TYPE_CHECKING
 
 from kvq_cli.output import Output
-from kvq_formats.errors import KVQError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kvq_evaluation.baselines.named import Baseline, BaselineName
-    from kvq_evaluation.samples import LayerSamples
-    from kvq_formats.records import CalibrationRecord
     from kvq_formats.sidecar import Sidecar
 
-NUM_SAMPLES = 16
 
+def used_baselines(
+    output: Output, asked: list[BaselineName], *, measured: bool, tasks: bool
+) -> list[BaselineName]:
+    """Those that something is measured with: none on tasks alone, which is said.
 
-def parse_baselines(names: Sequence[str] | None) -> list[BaselineName]:
-    """``--baseline a,b --baseline c`` taken apart, each once, in order; raises ConfigError."""
-    from kvq_evaluation.baselines.named import BaselineName
-
-    parts = [part.strip() for given in names or () for part in given.split(",")]
-    return [BaselineName.parse(part) for part in dict.fromkeys(filter(None, parts))]
+    ``measured``: a text or retrieval is asked for; ``tasks``: tasks are.
+    """
+    if not asked or not tasks:
+        return asked
+    names = ", ".join(one.name for one in asked)
+    where = "are not run on tasks" if measured else "are left out: tasks are run without them"
+    output.note(f"baselines ({names}) {where}")
+    return asked if measured else []
 
 
 def make_baselines(
@@ -37,59 +38,16 @@ def make_baselines(
     *,
     seq_len: int,
 ) -> dict[str, Baseline]:
-    """Build each baseline for this model, with the sinks and recent tokens of the first sidecar.
+    """Build each baseline; raises what ``build_baselines`` raises."""
+    from kvq_evaluation.baselines.building import build_baselines
 
-    Those that need calibration get the text that the first sidecar was calibrated on, or the
-    built-in one.
-    """
-    from kvq_runtime.models import quantized_layers
-
-    first = next(iter(sidecars.values()), None)
-    sink_tokens = 1 if first is None else first.config.sink_tokens
-    recent_tokens = 0 if first is None else first.config.recent_tokens
-    record = None if first is None else first.calibration
-
-    @cache
-    def samples() -> dict[int, LayerSamples]:
-        return _samples(output, model, tokenizer, record, seq_len=seq_len, sink_tokens=sink_tokens)
-
-    for name, sidecar in list(sidecars.items())[1:]:
-        if (sidecar.config.sink_tokens, sidecar.config.recent_tokens) != (
-            sink_tokens,
-            recent_tokens,
-        ):
-            output.warn(f"{name} keeps other tokens exact than what baselines are given")
-    layers = quantized_layers(model.config)
-    return {
-        one.name: one.make(
-            layers=layers, samples=samples, sink_tokens=sink_tokens, recent_tokens=recent_tokens
+    with output.progress("samples") as progress:
+        return build_baselines(
+            asked,
+            model,
+            tokenizer,
+            sidecars,
+            seq_len=seq_len,
+            on_note=output.warn,
+            progress=progress,
         )
-        for one in asked
-    }
-
-
-def _samples(
-    output: Output,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    record: CalibrationRecord | None,
-    *,
-    seq_len: int,
-    sink_tokens: int,
-) -> dict[int, LayerSamples]:
-    from kvq_calibration.data import load_text, token_windows
-    from kvq_evaluation.samples import collect_samples
-
-    dataset, seed = ("builtin", 0) if record is None else (record.dataset, record.seed)
-    length = seq_len if record is None else record.seq_len
-    windows = NUM_SAMPLES if record is None else record.num_samples
-    try:
-        text = load_text(dataset, purpose="calibrate")
-    except KVQError as error:
-        output.note(f"baselines are calibrated on builtin: {dataset} cannot be read ({error})")
-        text = load_text("builtin", purpose="calibrate")
-    cut = token_windows(tokenizer, text, num_windows=windows, seq_len=length, seed=seed)
-    with output.progress("samples") as progress, progress.stage("samples", 1) as done:
-        found = collect_samples(model, cut.input_ids, sink_tokens=sink_tokens)
-        done()
-    return found

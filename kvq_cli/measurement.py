@@ -78,9 +78,13 @@ def measure(
     path: MeasuredPath | Sequence[MeasuredPath] = "prefill",
     batch_size: int,
 ) -> list[MeasuredText]:
-    """Measure every cache on every text; say where a path reads nothing that is quantized."""
+    """Measure every cache on every text, and add rows over calibration seeds.
+
+    Says where a path reads nothing that is quantized.
+    """
     from kvq_cli.progress import Titled
     from kvq_evaluation.caches import decoding_reads_codes, evaluate_caches
+    from kvq_evaluation.seed_rows import with_seed_rows
 
     if texts and "decode" in ((path,) if isinstance(path, str) else path):
         longest = max(windows.input_ids.shape[1] for windows in texts)
@@ -104,7 +108,7 @@ def measure(
                 batch_size=batch_size,
                 progress=Titled(progress, f"on {windows.name}"),
             )
-            measured.append(MeasuredText(windows, rows))
+            measured.append(MeasuredText(windows, with_seed_rows(rows, sidecars)))
     return measured
 
 
@@ -124,6 +128,8 @@ class Gate:
     """A bar that the user set, against what a sidecar reached on a text.
 
     Fields:
+        name, dataset: the sidecar and the text.
+        path: how the text was read, ``prefill`` or ``decode``.
         metric: ``perplexity_increase``, or ``kl`` in nats a token.
         limit: the most that is allowed.
         found: what was measured.
@@ -131,6 +137,7 @@ class Gate:
 
     name: str
     dataset: str
+    path: MeasuredPath
     metric: str
     limit: float
     found: float
@@ -155,6 +162,30 @@ def check_limits(*, max_ppl_increase: float | None, max_kl: float | None) -> Non
             )
 
 
+def check_gated(
+    sidecars: Collection[str],
+    texts: Collection[str],
+    *,
+    max_ppl_increase: float | None,
+    max_kl: float | None,
+) -> None:
+    """Refuse bars where there is no sidecar, or no text, to hold to them; raises ConfigError."""
+    limits = {"--max-ppl-increase": max_ppl_increase, "--max-kl": max_kl}
+    flags = " and ".join(flag for flag, limit in limits.items() if limit is not None)
+    if flags and not sidecars:
+        raise ConfigError(
+            f"{flags}: there is no sidecar to hold to it, expected at least one; baselines only "
+            "inform.",
+            hint="--sidecar DIR",
+        )
+    if flags and not texts:
+        raise ConfigError(
+            f"{flags}: there is no text to measure it on, expected at least one; tasks and "
+            "retrieval have no bars.",
+            hint="--ppl wikitext2",
+        )
+
+
 def check_gates(
     measured: Sequence[MeasuredText],
     sidecars: Collection[str],
@@ -162,13 +193,16 @@ def check_gates(
     max_ppl_increase: float | None,
     max_kl: float | None,
 ) -> list[Gate]:
-    """Compare every row of a sidecar with the bars that are set; baselines only inform."""
+    """Compare every row of a sidecar with the bars that are set.
+
+    Baselines, and rows over several seeds, only inform.
+    """
     limits = {"perplexity_increase": max_ppl_increase, "kl": max_kl}
     return [
-        Gate(row.name, row.dataset, metric, limit, getattr(row, metric))
+        Gate(row.name, row.dataset, row.path, metric, limit, getattr(row, metric))
         for text in measured
         for row in text.rows
-        if row.name in sidecars
+        if row.name in sidecars and not row.seeds
         for metric, limit in limits.items()
         if limit is not None
     ]
@@ -180,8 +214,8 @@ def raise_missed(gates: Sequence[Gate]) -> None:
     if missed:
         raise GateMissedError(
             "\n".join(
-                f"{gate.name} on {gate.dataset}: {gate.metric} is {gate.found:.5g}, "
-                f"allowed {gate.limit:g}"
+                f"{gate.name} on {gate.dataset}, {gate.path}: {gate.metric} is "
+                f"{gate.found:.5g}, allowed {gate.limit:g}"
                 for gate in missed
             ),
             hint="more --bits or a larger --outlier-fraction: kvq calibrate --help",

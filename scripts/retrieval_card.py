@@ -95,7 +95,7 @@ Made by `{training.command}` with seed {training.seed}: {step:,} steps, {seen:,}
 alone: two heads of the first layer begin as ones that look one and two tokens back, three of the
 second as ones that match what they found, one of the last as one that averages all words
 (`scripts/retrieval_start.py`); training changes them like everything else. From random weights
-nothing was looked up after several minutes, and no longer run was tried.
+only the passkey was found after five minutes, and no longer run was tried.
 
 `calibration.txt` holds {CALIBRATION_DOCUMENTS} documents with questions and answers, of a seed of
 their own: `kvq calibrate benchmarks/models/tiny-retrieval --dataset
@@ -109,6 +109,9 @@ texts of a seed that was not trained on, with the bfloat16 weights and an unquan
 | task | {" | ".join(f"{n} tokens" for n in lengths)} |
 |---|{"---|" * len(lengths)}
 {accuracies}
+
+It does not do `common_words` well: it knows the most common word and is apt to name it again as the
+second or third. Longer training may mend that; it was not tried.
 
 ## Training
 

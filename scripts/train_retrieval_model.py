@@ -54,7 +54,7 @@ WARMUP, DECAY = 0.02, 0.5
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=18, help="wall-clock budget")
+    parser.add_argument("--minutes", type=float, default=16, help="wall-clock budget")
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--intermediate-size", type=int, default=256)
     parser.add_argument("--tokens-per-step", type=int, default=2048)

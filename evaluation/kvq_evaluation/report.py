@@ -36,6 +36,8 @@ class EvaluationRow:
             in one forward that reads the same. The unquantized row is ``prefill`` always.
         attention_error: relative error of each layer's attention output on the first window, by
             layer; empty where it was not measured.
+        seeds: of a row over several sidecars, which only their calibration seeds tell apart: these
+            seeds. Its numbers are means over the sidecars; of its errors only that of KL is known.
         metrics: the sums of every window, to pair rows with; not compared, not shown.
     """
 
@@ -57,6 +59,7 @@ class EvaluationRow:
     tokens: int
     path: MeasuredPath = "prefill"
     attention_error: Mapping[int, float] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
     metrics: WindowMetrics | None = field(default=None, compare=False, repr=False)
 
     @classmethod
@@ -103,8 +106,13 @@ class EvaluationRow:
         return self.windows < self.windows_available
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers and strings, ``partial``, and the window sums under ``per_window``."""
-        plain = {name: value for name, value in vars(self).items() if name != "metrics"}
+        """Plain numbers and strings, ``partial``, and the window sums under ``per_window``.
+
+        ``seeds`` is there in a row over several seeds only, and ``per_window`` is not.
+        """
+        plain = {k: v for k, v in vars(self).items() if k not in ("metrics", "seeds")}
+        if self.seeds:
+            plain["seeds"] = list(self.seeds)
         plain["partial"] = self.partial
         if self.metrics is not None:
             plain["per_window"] = {

@@ -1,4 +1,4 @@
-"""Measure sidecars, at hand or by path, on windows of tokens."""
+"""Measure sidecars, at hand or by path, and baselines, by name, on windows of tokens."""
 
 from __future__ import annotations
 
@@ -10,59 +10,77 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvq_evaluation.baselines.building import build_baselines, parse_baselines
 from kvq_evaluation.caches import evaluate_caches
 from kvq_evaluation.perplexity import MeasuredPath
 from kvq_evaluation.report import EvaluationRow
+from kvq_evaluation.seed_rows import with_seed_rows
 from kvq_formats.errors import ConfigError, DataError
 from kvq_formats.progress import Progress
 from kvq_formats.sidecar import Sidecar
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def evaluate_on_tokens(
     model: PreTrainedModel,
-    sidecars: Sequence[Sidecar | str | os.PathLike[str]],
+    sidecars: Sequence[Sidecar | str | os.PathLike[str]] = (),
     *,
     tokens: Tensor,
+    baselines: str | Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dataset: str = "tokens",
-    path: MeasuredPath = "prefill",
+    path: MeasuredPath | Sequence[MeasuredPath] = "prefill",
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> list[EvaluationRow]:
-    """Measure what each sidecar costs, against the unquantized model.
+    """Measure what each sidecar and each baseline costs, against the unquantized model.
 
     Args:
         model: the causal language model that the sidecars were made for.
-        sidecars: objects, folders or files.
+        sidecars: objects, folders or files; none is enough where there are baselines.
         tokens: windows of token ids, int64 ``[S, T]``.
+        baselines: names of other methods, as ``kvq eval --baseline`` takes them: ``kivi2-g64``.
+            They keep the sinks and recent tokens of the first sidecar, one sink without.
+        tokenizer: the model's, for baselines that are calibrated: on the text of the first
+            sidecar's calibration, on the built-in text without.
         dataset: a name for the text, for the rows.
-        path: ``prefill``: one forward a window under the evaluation rule; ``decode``: token by
-            token through the packed cache, as ``model.generate`` reads it.
+        path: ``prefill``: one forward a window under the evaluation rule; ``decode``: what
+            ``model.generate`` reads, sidecars token by token through the packed cache; or several.
         batch_size: windows a forward pass.
         progress: who hears how far it is.
 
-    Returns the unquantized model's row, then one a sidecar, named by its folder or by its place in
-    the list. Raises ConfigError without a sidecar or for an unknown path, DataError for tokens that
-    are no ids, SidecarError, FingerprintMismatchError, and what ``evaluate_caches`` raises.
+    Returns the unquantized model's row, then for each path one a sidecar, named by its folder or by
+    its place in the list, and one a baseline; behind sidecars that only their calibration seed
+    tells apart one more over all of them (``seed_rows``). Raises ConfigError with nothing to
+    measure, for an unknown path or baseline, and for a calibrated one without a tokenizer;
+    DataError for tokens that are no ids, SidecarError, FingerprintMismatchError, and what
+    ``evaluate_caches`` and ``build_baselines`` raise.
     """
-    if not sidecars:
+    asked = parse_baselines(baselines)
+    if not sidecars and not asked:
         raise ConfigError(
-            "no sidecar is given, expected at least one.",
+            "no sidecar and no baseline is given, expected at least one.",
             hint="kvq.evaluate(model, [sidecar], tokens=tokens); kvq.calibrate makes one",
         )
     _check_ids(tokens)
     loaded = [s if isinstance(s, Sidecar) else Sidecar.load(s) for s in sidecars]
-    return evaluate_caches(
+    held = dict(zip(row_names(sidecars), loaded, strict=True))
+    others = build_baselines(
+        asked, model, tokenizer, held, seq_len=tokens.shape[1], progress=progress
+    )
+    rows = evaluate_caches(
         model,
         tokens,
-        dict(zip(row_names(sidecars), loaded, strict=True)),
+        held,
+        others,
         dataset=dataset,
         path=path,
         batch_size=batch_size,
         progress=progress,
     )
+    return with_seed_rows(rows, held)
 
 
 def _check_ids(tokens: Tensor) -> None:

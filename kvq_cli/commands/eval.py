@@ -254,8 +254,9 @@ def evaluate(
     from importlib.metadata import version
 
     from kvq_calibration.data import load_text
-    from kvq_cli.baselines import make_baselines, parse_baselines
+    from kvq_cli.baselines import make_baselines, used_baselines
     from kvq_cli.measurement import (
+        check_gated,
         check_gates,
         check_limits,
         cut_texts,
@@ -267,6 +268,7 @@ def evaluate(
     from kvq_cli.retrieval import asked_retrieval, measure_retrieval, retrieval_table
     from kvq_cli.session import check_file, current_sidecar, new_results_file, recall, write_json
     from kvq_cli.tasks import find_tasks, measure_tasks, tasks_table
+    from kvq_evaluation.baselines.building import parse_baselines
     from kvq_evaluation.sidecars import row_names
     from kvq_formats.fingerprint import check
     from kvq_formats.sidecar import Sidecar
@@ -310,6 +312,9 @@ def evaluate(
     names = [part.strip() for part in ppl.split(",") if part.strip()]
     if not names and texts_alone:
         raise ConfigError("--ppl names no text.", hint="--ppl wikitext2")
+    check_gated(sidecars, names, max_ppl_increase=max_ppl_increase, max_kl=max_kl)
+    measured_too = bool(names) or looked_up is not None
+    asked = used_baselines(output, asked, measured=measured_too, tasks=loaded_tasks is not None)
     sources = [
         load_text(text, purpose="eval", split=split, text_column=text_column) for text in names
     ]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import bench_gpu
 import gpu_baselines
 import gpu_checks
+import gpu_pack
 import gpu_shapes
 import pytest
 import torch
 from bf16_decode import CUTS, Bf16Decode
+from gpu_cases import PackedLayerTables
 from gpu_report import COLUMNS, Deadline, Report
 from gpu_shapes import Bench
 from gpu_timing import Timing, race
@@ -69,6 +72,7 @@ def test_every_part_runs_and_is_written(tmp_path: Path, capsys: pytest.CaptureFi
         ("decode kernels", "decode_splits"),
         ("decode kernels", "value_outlier_sums"),
         ("pack", "keys and values"),
+        ("pack", "keys and values, without feedback"),
         ("prefill", "kvq"),
     } <= timed
     compared = [row for row in rows if row["metric"] == "times best bf16"]
@@ -78,6 +82,33 @@ def test_every_part_runs_and_is_written(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert "== decode" in printed
     assert str(path) in printed
+
+
+def test_packing_is_timed_with_feedback_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a row says of feedback is what its layer does."""
+    layers: list[PackedLayerTables] = []
+
+    def first_lap(laps: dict[str, list[Callable[[], object]]], **_: object) -> dict[str, Timing]:
+        assert [name.split(": ")[0] for name in laps] == list(gpu_pack.WAYS)
+        return {name: Timing() for name in laps}
+
+    def packing(layer: PackedLayerTables, *_: object) -> Callable[[], tuple[()]]:
+        if all(layer is not one for one in layers):
+            layers.append(layer)
+        return tuple
+
+    monkeypatch.setattr(gpu_pack, "race", first_lap)
+    monkeypatch.setattr(gpu_pack, "_packing", packing)
+    gpu_pack.run(make_bench(tmp_path), Deadline(0))
+    assert list(gpu_pack.WAYS.values()) == [True, False]
+    assert [layer.config.feedback for layer in layers] == [True, False]
+    for layer in layers:
+        used = [
+            part.feedback is not None for part in (layer.parameters.key, layer.parameters.value)
+        ]
+        assert used == [layer.config.feedback] * 2
 
 
 def test_nothing_is_timed_where_a_check_fails(

