@@ -62,9 +62,9 @@ def measure(name: str, *, dataset: str, windows: int, decoded: int) -> list[dict
             rows += evaluate(cut.input_ids[:used], {}, {**as_codecs, **baselines}, path=path)
         stepped = {f"{STEPPED} @ 0": sidecars[f"{STEPPED} @ 0"]}
         rows += evaluate(cut.input_ids[:1], stepped, {}, path="decode")[1:]
-        plain = [{**origin, **_plain(row), **_paper_bits(row, baselines, first)} for row in rows]
-    plain[-1]["name"] = TOKEN_BY_TOKEN
-    return plain
+        flat = [{**origin, **_plain(row), **_paper_bits(row, baselines, first)} for row in rows]
+    flat[-1]["name"] = TOKEN_BY_TOKEN
+    return flat
 
 
 def _caches(loaded: Any, progress: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -123,10 +123,11 @@ def _paper_bits(row: Any, baselines: dict[str, Any], sidecar: Any) -> dict[str, 
 def _plain(row: Any) -> dict[str, Any]:
     """A row's numbers, its name and seed apart; what windows summed to in one cell each."""
     name, _, seed = row.name.partition(" @ ")
-    plain = {k: v for k, v in row.to_json().items() if k not in ("per_window", "attention_error")}
+    from results_csv import plain
+
     errors = list(row.attention_error.values())
     return {
-        **plain,
+        **plain(row),
         "name": name,
         "seed": seed,
         "attention_error": sum(errors) / len(errors) if errors else None,

@@ -20,11 +20,10 @@ from pathlib import Path
 
 import paper_protocol as protocol
 import torch
-from accuracy import plain
 from paper_plan import Plan, Row, make_plan, read_text
 from paper_protocol import Published
 from paper_results import ResultFile, print_table
-from results_csv import REPOSITORY, PlainProgress, processor, provenance
+from results_csv import REPOSITORY, PlainProgress, plain, processor, provenance
 
 from kvq_calibration.pipeline import calibrate
 from kvq_evaluation.caches import evaluate_caches

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from kvq_evaluation.report import EvaluationRow
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECONDS_BETWEEN_LINES = 10
@@ -90,6 +92,12 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout.strip()
+
+
+def plain(row: EvaluationRow) -> dict[str, Any]:
+    """An evaluation row's cells, without what windows and layers have each."""
+    apart = ("per_window", "attention_error")
+    return {name: value for name, value in row.to_json().items() if name not in apart}
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
