@@ -33,13 +33,16 @@ class Ours:
     seeds: int = 1
 
 
-UNIFORM, AVERAGE, PAPER = "kvq --bits", "kvq --average-bits", "kvq, the paper's method"
-LINES = (AVERAGE, UNIFORM, PAPER)
-"""Ways to calibrate, best first; the last is KVQuant's mathematics in kvq's bytes."""
+UNIFORM, AVERAGE = "kvq --bits", "kvq --average-bits"
+BARE = "kvq --average-bits, no outliers"
+PAPER = "kvq, the paper's method"
+LINES = (AVERAGE, UNIFORM, BARE, PAPER)
+"""Ways to calibrate; the last is KVQuant's mathematics in kvq's bytes."""
 
 WIDTHS = (2, 3, 4)
-AVERAGES = (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
-SEEDED_AVERAGES = (2.0, 2.75, 3.0, 3.75)
+AVERAGES = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75)
+SEEDED_AVERAGES = (2.25, 2.75, 3.0, 3.75)
+BARE_AVERAGES = (2.25, 3.0, 3.75)
 
 GARBAGE = "garbage codebook"
 
@@ -58,6 +61,11 @@ def ours() -> list[Ours]:
     for average in AVERAGES:
         seeds = len(SEEDS) if average in SEEDED_AVERAGES else 1
         found.append(Ours(f"kvq average {average:g}", AVERAGE, KVQConfig(), average, seeds))
+    bare = KVQConfig(outlier_fraction=0.0)
+    found += [
+        Ours(f"kvq average {average:g}, no outliers", BARE, bare, average)
+        for average in BARE_AVERAGES
+    ]
     return found
 
 

@@ -18,7 +18,6 @@ from accuracy_caches import (
     AVERAGE,
     GARBAGE,
     LINES,
-    PAPER,
     PAPER_BITS,
     STEPPED,
     TOKEN_BY_TOKEN,
@@ -128,7 +127,7 @@ def _table_row(rows: Sequence[Row], method: str, point: Point, decoded: Point | 
     def mean(column: str) -> float:
         return sum(float(row[column]) for row in seeds) / len(seeds)
 
-    name = f"**{method}**" if method in LINES and method != PAPER else method
+    name = f"**{method}**" if method in (AVERAGE, UNIFORM) else method
     bits = f"{point.bits:.3f}"
     if seeds[0].get("paper_bits"):
         bits += f" ({mean('paper_bits'):.2f})"

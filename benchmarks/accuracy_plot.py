@@ -6,12 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accuracy_bars import Point
-from accuracy_caches import AVERAGE, PAPER, UNIFORM
+from accuracy_caches import AVERAGE, BARE, PAPER, UNIFORM
 
 MOST_BITS = 5.2
 """Beyond it there is only FP8, and KVQuant as its code stores 4 bits; both are in the tables."""
 
-OURS = {AVERAGE: ("black", "-"), UNIFORM: ("black", "--"), PAPER: ("gray", ":")}
+OURS = {
+    AVERAGE: ("black", "-"),
+    UNIFORM: ("black", "--"),
+    BARE: ("gray", "--"),
+    PAPER: ("gray", ":"),
+}
 MARKERS = "osD^v<>pP*Xh"
 
 

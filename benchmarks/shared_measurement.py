@@ -7,12 +7,12 @@ The sidecars are those that ``calibrate`` returns, one by one, in a fraction of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvq_calibration.allocation import Losses, allocate, expected_loss, without_outliers
+from kvq_calibration.allocation import Losses, allocate
 from kvq_calibration.capture import evaluation_mode
 from kvq_calibration.expected_loss import expected_losses
 from kvq_calibration.pipeline import (
@@ -24,7 +24,6 @@ from kvq_calibration.pipeline import (
     measure_points,
 )
 from kvq_formats.config import KVQConfig
-from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.progress import Progress
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar
@@ -47,8 +46,7 @@ def calibrate_all(
 ) -> dict[str, Sidecar]:
     """A sidecar for each configuration, by its name; windows are int64 ``[S, T]``.
 
-    Those that ``average_bits`` names get widths by expected loss, and outliers only where these are
-    expected to lose less than codes in their room.
+    Those that ``average_bits`` names get widths by expected loss.
     """
     averages = average_bits or {}
     measured: dict[Key, _Measured] = {}
@@ -61,11 +59,11 @@ def calibrate_all(
             )
         return measured[key]
 
-    shape = base_model.fingerprint
+    head_dim = base_model.fingerprint.head_dim
     sidecars: dict[str, Sidecar] = {}
     for name, config in configs.items():
         if name in averages:
-            config = _chosen(config, averages[name], shape, of)
+            config = config.with_layer_bits(allocate(of(config)[3], averages[name]))
         points, thresholds, channels, _ = of(config)
         fitted = {i: fit_layer(points[i], thresholds[i], config.for_layer(i)) for i in points}
         sidecars[name] = Sidecar(
@@ -74,25 +72,9 @@ def calibrate_all(
             calibration=calibration,
             layers={i: parameters for i, (parameters, _) in fitted.items()},
             statistics={i: statistics for i, (_, statistics) in fitted.items()},
-            rotary_channels={i: s for i, s in channels.items() if s != (0, shape.head_dim)},
+            rotary_channels={i: s for i, s in channels.items() if s != (0, head_dim)},
         )
     return sidecars
-
-
-def _chosen(
-    config: KVQConfig, average: float, shape: Fingerprint, of: Callable[[KVQConfig], _Measured]
-) -> KVQConfig:
-    """Widths by expected loss, with outliers or without, as ``calibrate`` chooses."""
-    candidates = [(config, average)]
-    if config.outlier_fraction:
-        heads, head_dim = shape.num_kv_heads, shape.head_dim
-        candidates.append(without_outliers(config, average, num_kv_heads=heads, head_dim=head_dim))
-    found = []
-    for candidate, its_average in candidates:
-        losses = of(candidate)[3]
-        widths = allocate(losses, its_average)
-        found.append((expected_loss(losses, widths), candidate.with_layer_bits(widths)))
-    return min(found, key=lambda one: one[0])[1]
 
 
 def _measure(

@@ -23,7 +23,7 @@ STAGES = ("thresholds", "sensitivity", "codebooks")
 """What the pipeline does, in order."""
 
 STAGES_OF_AVERAGE = ("thresholds", "sensitivity", "codebooks of all widths", "widths", "codebooks")
-"""The same where widths are chosen; once more where outliers are, too."""
+"""The same where widths are chosen."""
 
 KNOWN_BITS = (2, 3, 4)
 
@@ -77,7 +77,7 @@ def run_plan(
     """Measure the model and save its sidecar; the time includes loading and saving."""
     started = time.monotonic()
     stages = STAGES if plan.average_bits is None else STAGES_OF_AVERAGE
-    with output.progress(*stages * (1 + plan.choose_outliers)) as progress:
+    with output.progress(*stages) as progress:
         sidecar = plan.run(
             dtype=dtype,
             device_map=device_map,
@@ -86,12 +86,6 @@ def run_plan(
             batch_size=batch_size,
             progress=progress,
             on_note=output.note,
-        )
-    if plan.choose_outliers:
-        output.note(
-            "outliers lose less than wider codes in their room: kept"
-            if sidecar.config.outlier_fraction
-            else "wider codes lose less than outliers in the same room: no outliers"
         )
     sidecar.save(destination, overwrite=overwrite)
     return Calibrated(sidecar, destination, time.monotonic() - started)

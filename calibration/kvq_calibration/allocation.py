@@ -11,8 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from kvq_formats.config import PAGE_TOKENS, Bits, KVQConfig
-from kvq_formats.effective_bits import effective_bits
+from kvq_formats.config import Bits, KVQConfig
 from kvq_formats.errors import ConfigError
 
 Kind = Literal["key", "value"]
@@ -47,35 +46,6 @@ def even_widths(layers: Sequence[int], average_bits: float) -> dict[int, tuple[i
     bits, extra = divmod(budget(2 * len(layers), average_bits), 2 * len(layers))
     widths = [bits + (place < extra) for place in range(2 * len(layers))]
     return dict(zip(layers, zip(widths[::2], widths[1::2], strict=True), strict=True))
-
-
-def without_outliers(
-    config: KVQConfig, average_bits: float, *, num_kv_heads: int, head_dim: int
-) -> tuple[KVQConfig, float]:
-    """The same options without outliers, and the average of widths that takes as much room.
-
-    The room is that of complete pages, allocated and counted; at most 4 bits a code.
-    """
-    bare = config.model_copy(update={"outlier_fraction": 0.0})
-    with_them, alone = (
-        effective_bits(
-            one.with_layer_bits({}),
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            tokens=one.sink_tokens + one.recent_tokens + PAGE_TOKENS,
-        )
-        for one in (config, bare)
-    )
-    saved = (with_them.key_bits + with_them.value_bits - alone.key_bits - alone.value_bits) / 2
-    return bare, min(average_bits + saved, float(max(WIDTHS)))
-
-
-def expected_loss(losses: Losses, widths: Mapping[int, tuple[int, int]]) -> float:
-    """What an allocation is expected to cost, nats a token."""
-    return sum(
-        losses[layer, "key"][key] + losses[layer, "value"][value]
-        for layer, (key, value) in widths.items()
-    )
 
 
 def allocate(losses: Losses, average_bits: float) -> dict[int, tuple[int, int]]:

@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvq_calibration.allocation import (
-    WIDTHS,
-    allocate,
-    check_average,
-    expected_loss,
-    without_outliers,
-)
+from kvq_calibration.allocation import WIDTHS, allocate, check_average
 from kvq_calibration.capture import (
     KeyValueTap,
     evaluation_mode,
@@ -253,7 +247,6 @@ def calibrate(
     base_model: BaseModelRecord,
     calibration: CalibrationRecord,
     average_bits: float | None = None,
-    choose_outliers: bool = False,
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> Sidecar:
@@ -266,8 +259,6 @@ def calibrate(
         base_model, calibration: what the sidecar says of its origin.
         average_bits: give every layer's keys and values 2, 3 or 4 bits, so that the expected loss
             is the least that this average of widths allows; the widths of ``config`` are not used.
-        choose_outliers: with ``average_bits``, also try to do without outliers, their room spent on
-            codes, and keep what is expected to lose less. Measures the text twice.
         batch_size: windows a step.
         progress: who hears how far it is.
 
@@ -286,83 +277,37 @@ def calibrate(
         )
     if average_bits is not None:
         check_average(average_bits, config)
-    candidates = [(config, average_bits)]
-    if average_bits is not None and choose_outliers and config.outlier_fraction > 0:
-        shape = base_model.fingerprint
-        candidates.append(
-            without_outliers(
-                config, average_bits, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim
-            )
-        )
+    layers = quantized_layers(model.config)
     try:
         with evaluation_mode(model), weights_as_loaded(model):
-            fitted = [
-                _fit(model, windows, *candidate, batch_size=batch_size, progress=progress)
-                for candidate in candidates
-            ]
+            thresholds, channels = find_thresholds(
+                model, windows, config, layers, batch_size=batch_size, progress=progress
+            )
+            points = measure_points(
+                model, windows, config, thresholds, batch_size=batch_size, progress=progress
+            )
+            if average_bits is not None:
+                fitted = fit_every_width(points, thresholds, config, progress=progress)
+                losses = expected_losses(model, windows, config, fitted, progress=progress)
+                config = config.with_layer_bits(allocate(losses, average_bits))
     except torch.OutOfMemoryError as error:
         raise CalibrationError(
             f"out of GPU memory while measuring {windows.shape[1]} tokens at a time: {error}",
             hint="--batch-size 1, --seq-len 1024, or --sensitivity none",
         ) from error
-    best = min(fitted, key=lambda one: one.expected_loss)
     head_dim = base_model.fingerprint.head_dim
-    return Sidecar(
-        config=best.config,
-        base_model=base_model,
-        calibration=calibration,
-        layers=best.parameters,
-        statistics=best.statistics,
-        rotary_channels={
-            layer: span for layer, span in best.channels.items() if span != (0, head_dim)
-        },
-    )
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """What one config came to; nats a token are expected where widths were chosen, else 0."""
-
-    config: KVQConfig
-    parameters: dict[int, LayerParameters]
-    statistics: dict[int, LayerStatistics]
-    channels: dict[int, RotaryChannels]
-    expected_loss: float
-
-
-def _fit(
-    model: PreTrainedModel,
-    windows: Tensor,
-    config: KVQConfig,
-    average_bits: float | None,
-    *,
-    batch_size: int,
-    progress: Progress,
-) -> _Fitted:
-    """Both passes over the text, widths where an average is asked for, then the layers."""
-    layers = quantized_layers(model.config)
-    thresholds, channels = find_thresholds(
-        model, windows, config, layers, batch_size=batch_size, progress=progress
-    )
-    points = measure_points(
-        model, windows, config, thresholds, batch_size=batch_size, progress=progress
-    )
-    loss = 0.0
-    if average_bits is not None:
-        every_width = fit_every_width(points, thresholds, config, progress=progress)
-        losses = expected_losses(model, windows, config, every_width, progress=progress)
-        widths = allocate(losses, average_bits)
-        config, loss = config.with_layer_bits(widths), expected_loss(losses, widths)
-    fitted = {}
+    parameters, statistics = {}, {}
     with progress.stage("codebooks", len(layers)) as advance:
         for layer in layers:
-            one = config.for_layer(layer)
-            fitted[layer] = fit_layer(points.pop(layer), thresholds[layer], one)
+            parameters[layer], statistics[layer] = fit_layer(
+                points.pop(layer), thresholds[layer], config.for_layer(layer)
+            )
             advance()
-    return _Fitted(
+    return Sidecar(
         config=config,
-        parameters={layer: parameters for layer, (parameters, _) in fitted.items()},
-        statistics={layer: statistics for layer, (_, statistics) in fitted.items()},
-        channels=channels,
-        expected_loss=loss,
+        base_model=base_model,
+        calibration=calibration,
+        layers=parameters,
+        statistics=statistics,
+        rotary_channels={layer: span for layer, span in channels.items() if span != (0, head_dim)},
     )

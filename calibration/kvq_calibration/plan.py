@@ -42,7 +42,6 @@ class CalibrationPlan:
         source: the text; little or nothing of it is read yet.
         config: options of the quantized cache.
         average_bits: what the widths of layers may be on average; None: they are ``config``'s.
-        choose_outliers: whether outliers may go where codes make better use of their room.
         num_samples, seq_len: windows, and tokens a window.
         seed: chooses the windows.
         notes: what the user should know, such as a clamped length.
@@ -56,14 +55,10 @@ class CalibrationPlan:
     seed: int
     notes: tuple[str, ...] = ()
     average_bits: float | None = None
-    choose_outliers: bool = False
 
     @property
     def config_in_bits(self) -> KVQConfig:
-        """A config that takes as many bits as what will be made, if that has outliers.
-
-        Its widths are not chosen yet.
-        """
+        """A config that takes as many bits as what will be made; its widths are not chosen yet."""
         if self.average_bits is None:
             return self.config
         layers = quantized_layers(self.model.config)
@@ -121,7 +116,6 @@ class CalibrationPlan:
                 token_sha256=windows.token_sha256,
             ),
             average_bits=self.average_bits,
-            choose_outliers=self.choose_outliers,
             batch_size=batch_size,
             progress=progress,
         )
@@ -132,7 +126,6 @@ def plan_calibration(
     *,
     config: KVQConfig,
     average_bits: float | None = None,
-    choose_outliers: bool = False,
     dataset: str = "builtin",
     split: str | None = None,
     text_column: str | None = None,
@@ -172,7 +165,6 @@ def plan_calibration(
         seed=seed,
         notes=tuple(notes),
         average_bits=average_bits,
-        choose_outliers=choose_outliers,
     )
 
 
@@ -207,8 +199,7 @@ def calibrate_from_text(
         tokenizer: of a loaded model; its own, from where it was loaded, without.
         bits: width of a code of keys and values alike, 2, 3 or 4; 4 without ``config``.
         average_bits: instead of ``bits``, widths of 2 to 4 for each layer's keys and values, chosen
-            by expected loss, with this average. Without ``config`` outliers are measured, too: they
-            go, their room spent on codes, where that is expected to lose less.
+            by expected loss, with this average.
         config: all options of the quantized cache, instead of ``bits``.
         dataset, split, text_column: the text; see ``kvq_calibration.data.load_text``.
         num_samples, seq_len: windows, and tokens a window (at most the model's positions).
@@ -233,7 +224,6 @@ def calibrate_from_text(
             f"bits={bits} and average_bits={average_bits:g} were both given.",
             hint="bits=3, or average_bits=2.75",
         )
-    choose_outliers = average_bits is not None and config is None
     if config is None:
         width = 4 if bits is None else bits
         config = KVQConfig.create(key_bits=width, value_bits=width)
@@ -247,7 +237,6 @@ def calibrate_from_text(
         resolved,
         config=config,
         average_bits=average_bits,
-        choose_outliers=choose_outliers,
         dataset=dataset,
         split=split,
         text_column=text_column,

@@ -78,8 +78,7 @@ def calibrate(
             "--average-bits",
             panel=QUANTIZATION,
             metavar="X",
-            help="Choose 2, 3 or 4 bits for each layer's keys and values, X on average; "
-            "without outliers where wider codes in their room lose less.",
+            help="Choose 2, 3 or 4 bits for each layer's keys and values, X on average.",
             default="--bits for all",
         ),
     ] = None,
@@ -259,7 +258,6 @@ def calibrate(
         resolved,
         config=config,
         average_bits=average_bits,
-        choose_outliers=average_bits is not None and not is_given(context, "outlier_fraction"),
         dataset=dataset,
         split=split,
         text_column=text_column,

@@ -14,11 +14,8 @@ from kvq_calibration.allocation import (
     budget,
     check_average,
     even_widths,
-    expected_loss,
-    without_outliers,
 )
 from kvq_formats.config import KVQConfig
-from kvq_formats.effective_bits import effective_bits
 from kvq_formats.errors import ConfigError
 
 losses_of_a_tensor = st.lists(st.floats(0, 10), min_size=3, max_size=3)
@@ -55,43 +52,6 @@ def test_by_hand() -> None:
     assert allocate(losses, 2.5) == {7: (3, 2)}
     # Seven bits: (4, 3) costs 1.5, (3, 4) costs 1.
     assert allocate(losses, 3.5) == {7: (3, 4)}
-
-
-def test_expected_loss_adds_up() -> None:
-    losses = {(7, "key"): {2: 9.0, 3: 1.0, 4: 0.5}, (7, "value"): {2: 2.0, 3: 1.0, 4: 0.0}}
-    assert expected_loss(losses, {7: (3, 2)}) == 3.0
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    average=st.sampled_from([2.0, 2.25, 2.5, 3.0, 3.5, 4.0]),
-    heads=st.sampled_from([1, 2, 8]),
-    head_dim=st.sampled_from([32, 64, 80, 128]),
-    fraction=st.sampled_from([0.001, 0.01, 0.05]),
-    recent=st.sampled_from([0, 256]),
-)
-def test_what_outliers_took_goes_to_codes(
-    average: float, heads: int, head_dim: int, fraction: float, recent: int
-) -> None:
-    """Never more bytes, and less by at most one bit of one tensor where codes can still widen."""
-    layers = tuple(range(8))
-    config = KVQConfig.create(
-        outlier_fraction=fraction, outlier_capacity=fraction, recent_tokens=recent
-    )
-    bare, other = without_outliers(config, average, num_kv_heads=heads, head_dim=head_dim)
-    assert bare.outlier_fraction == 0.0
-
-    def bits(one: KVQConfig, average: float) -> float:
-        of_layers = one.with_layer_bits(even_widths(layers, average))
-        return effective_bits(
-            of_layers, num_kv_heads=heads, head_dim=head_dim, tokens=1 + recent + 256 * 64
-        ).without_unfinished
-
-    assert bits(bare, other) <= bits(config, average) + 1e-9
-    if other < 4:
-        # Two floors of a bit in 16 tensors, and what padding of 3-bit words adds.
-        assert bits(bare, other) >= bits(config, average) - 2.2 / 16
-    assert bits(bare, other) < bits(config, 4.0)
 
 
 def test_bits_that_buy_nothing_are_not_spent() -> None:

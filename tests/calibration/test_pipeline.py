@@ -12,11 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvq_calibration import pipeline
-from kvq_calibration.allocation import without_outliers
 from kvq_calibration.pipeline import calibrate
 from kvq_calibration.points import NormalisedPoints
 from kvq_formats.config import KVQConfig
-from kvq_formats.effective_bits import effective_bits
 from kvq_formats.errors import CalibrationError, DataError
 from kvq_formats.fingerprint import Fingerprint
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
@@ -261,44 +259,3 @@ def test_the_model_is_left_as_it_was_after_a_failure() -> None:
     assert all(p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation == before
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-
-@pytest.mark.parametrize("better", ["with", "without"])
-def test_outliers_stay_where_they_lose_less(monkeypatch: pytest.MonkeyPatch, better: str) -> None:
-    """The sidecar is that of the config that is expected to lose less, at no more bits."""
-    model, config = make_tiny_llama(), KVQConfig()
-    base = run(model).base_model
-
-    def losses(_: object, __: object, config: KVQConfig, fitted: dict, **___: object) -> dict:
-        least = (config.outlier_fraction > 0) == (better == "with")
-        scale = 1.0 if least else 100.0
-        return {
-            (layer, kind): {width: scale / width for width in fitted}
-            for layer in fitted[2]
-            for kind in ("key", "value")
-        }
-
-    monkeypatch.setattr("kvq_calibration.pipeline.expected_losses", losses)
-
-    def make(config: KVQConfig, average: float, *, choose: bool) -> Sidecar:
-        return calibrate(
-            model, windows(), config, base_model=base, calibration=RECORD, batch_size=2,
-            average_bits=average, choose_outliers=choose,
-        )  # fmt: skip
-
-    found = make(config, 2.5, choose=True)
-    kept = make(config, 2.5, choose=False)
-    shape = base.fingerprint
-    bare, average = without_outliers(
-        config, 2.5, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim
-    )
-    assert average > 2.5
-    expected = kept if better == "with" else make(bare, average, choose=False)
-    assert found._files() == expected._files()
-
-    def bits(sidecar: Sidecar) -> float:
-        return effective_bits(
-            sidecar.config, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, tokens=257
-        ).without_unfinished
-
-    assert bits(found) <= bits(kept)
