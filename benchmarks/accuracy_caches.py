@@ -56,7 +56,7 @@ def ours() -> list[Ours]:
     for bits in WIDTHS:
         uniform = KVQConfig.create(key_bits=bits, value_bits=bits)
         found.append(Ours(f"kvq {bits}", UNIFORM, uniform, seeds=len(SEEDS)))
-        paper = KVQConfig.create(key_bits=bits, value_bits=bits, feedback=False)
+        paper = KVQConfig.create(key_bits=bits, value_bits=bits, feedback=False, range_margin=1.0)
         found.append(Ours(f"kvq {bits}, no feedback", PAPER, paper))
     for average in AVERAGES:
         seeds = len(SEEDS) if average in SEEDED_AVERAGES else 1

@@ -1,8 +1,8 @@
 """Calibrate many configurations of one model from few measurements of it.
 
-What ``pipeline.calibrate`` measures depends on sensitivity, outlier fraction, sinks, value grain
-and feedback only; codebooks of any width, Q-Norm and capacities follow from the same histograms.
-The sidecars are those that ``calibrate`` returns, one by one, in a fraction of the time.
+What ``pipeline.calibrate`` measures depends on sensitivity, outlier fraction, margin, sinks, value
+grain and feedback only; codebooks of any width, Q-Norm and capacities follow from the same
+histograms. The sidecars are those that ``calibrate`` returns, one by one, in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kvq_formats.sidecar import Sidecar
 from kvq_runtime.models import quantized_layers
 from kvq_runtime.rotary_channels import RotaryChannels
 
-Key = tuple[str, float, int, str, bool]
+Key = tuple[str, float, float, int, str, bool]
 _Measured = tuple[dict[int, LayerPoints], Thresholds, dict[int, RotaryChannels], Losses]
 
 
@@ -98,6 +98,7 @@ def _key(config: KVQConfig) -> Key:
     return (
         config.sensitivity,
         config.outlier_fraction,
+        config.range_margin,
         config.sink_tokens,
         config.value_grain,
         config.feedback,

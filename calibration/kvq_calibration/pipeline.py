@@ -102,7 +102,7 @@ def find_thresholds(
                 channels[layer] = tap.keys[layer].channels
             advance()
     thresholds = {
-        layer: center_and_half_range(*quantile.thresholds())
+        layer: center_and_half_range(*quantile.thresholds(), margin=config.range_margin)
         for layer, quantile in quantiles.items()
     }
     return thresholds, channels

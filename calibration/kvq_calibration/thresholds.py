@@ -65,8 +65,10 @@ class ChannelQuantiles:
         return lower, upper
 
 
-def center_and_half_range(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """``((upper + lower)/2, (upper - lower)/2)``, f32; the half-range is never zero.
+def center_and_half_range(
+    lower: Tensor, upper: Tensor, *, margin: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``((upper + lower)/2, margin * (upper - lower)/2)``, f32; the half-range is never zero.
 
     A channel that never moves (all thresholds equal) gets a half-range of one rounding step of its
     centre, so that it decodes to its constant.
@@ -74,4 +76,4 @@ def center_and_half_range(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]
     center = upper / 2 + lower / 2
     rounding = center.abs() * torch.finfo(torch.float32).eps
     floor = rounding.clamp(min=torch.finfo(torch.float32).smallest_normal)
-    return center, (upper / 2 - lower / 2).maximum(floor)
+    return center, (margin * (upper / 2 - lower / 2)).maximum(floor)

@@ -38,6 +38,9 @@ class KVQConfig(BaseModel):
         outlier_fraction: share of the entries that the thresholds leave outside, both tails
             together; keys by quantiles of each channel (offline), values by the largest and
             smallest entries of a token's vector (online). 0 keeps no outliers.
+        range_margin: how many times wider the range of a key channel is than those quantiles.
+            Text that is served is not the text that was calibrated on: beyond the range a key
+            needs room in its page's pool.
         outlier_capacity: room of a key pool as a share of a page's entries. Beyond it the smallest
             residuals stay clamped.
         value_capacity_factor: room of a value list as a multiple of the expected number of value
@@ -61,6 +64,7 @@ class KVQConfig(BaseModel):
     key_bits: Bits = 4
     value_bits: Bits = 4
     outlier_fraction: Annotated[float, Field(ge=0, le=0.2)] = 0.01
+    range_margin: Annotated[float, Field(ge=1, le=2)] = 1.2
     outlier_capacity: Annotated[float, Field(ge=0, le=0.2)] = 0.01
     value_capacity_factor: Annotated[float, Field(ge=1, le=4)] = 1.25
     sink_tokens: Annotated[int, Field(ge=0, le=1024)] = 1

@@ -80,8 +80,9 @@ class SidecarHeader(BaseModel):
             logger.warning("%s: ignoring keys unknown to this version: %s", file, unknown)
         config = document.get("config")
         if isinstance(config, dict):
-            # Files from before there was error feedback.
+            # Files from before there were error feedback and a margin.
             config.setdefault("feedback", False)
+            config.setdefault("range_margin", 1.0)
         try:
             return cls.model_validate({k: document[k] for k in cls.model_fields if k in document})
         except ValidationError as error:

@@ -90,6 +90,14 @@ def calibrate(
             help="Share of entries that the thresholds leave outside, 0 to 0.2; 0: none.",
         ),
     ] = 0.01,
+    range_margin: Annotated[
+        float,
+        option(
+            "--range-margin",
+            panel=QUANTIZATION,
+            help="Widen the range of key channels for text unlike the calibration's, 1 to 2.",
+        ),
+    ] = 1.2,
     outlier_capacity: Annotated[
         float,
         option(
@@ -233,6 +241,7 @@ def calibrate(
     config = quantization(
         {
             "outlier_fraction": outlier_fraction,
+            "range_margin": range_margin,
             "outlier_capacity": outlier_capacity,
             "sink_tokens": sink_tokens,
             "recent_tokens": recent_tokens,

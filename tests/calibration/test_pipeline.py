@@ -52,7 +52,7 @@ def divergence(model: PreTrainedModel, sidecar: Sidecar) -> float:
 
 
 def test_thresholds_codebooks_and_steps_are_there_for_every_layer() -> None:
-    sidecar = run(make_tiny_llama(), key_bits=2, value_bits=4)
+    sidecar = run(make_tiny_llama(), key_bits=2, value_bits=4, range_margin=1.0)
     assert sorted(sidecar.layers) == [0, 1]
     for layer in sidecar.layers.values():
         assert layer.key.center.shape == layer.key.half_range.shape == (2, 16)
@@ -259,3 +259,14 @@ def test_the_model_is_left_as_it_was_after_a_failure() -> None:
     assert all(p.requires_grad for p in model.parameters())
     assert model.config._attn_implementation == before
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+def test_key_channels_are_wider_by_the_margin() -> None:
+    model = make_tiny_llama()
+    plain, wide = run(model, range_margin=1.0), run(model)
+    assert wide.config.range_margin == 1.2
+    for layer, ours in wide.layers.items():
+        theirs = plain.layers[layer]
+        assert torch.equal(ours.key.center, theirs.key.center)
+        torch.testing.assert_close(ours.key.half_range, 1.2 * theirs.key.half_range)
+        assert wide.statistics[layer].key_outlier_share < plain.statistics[layer].key_outlier_share

@@ -68,3 +68,12 @@ def test_a_channel_of_one_sign_keeps_its_centre() -> None:
     center, half_range = center_and_half_range(torch.tensor([90.0]), torch.tensor([110.0]))
     assert float(center) == 100.0
     assert float(half_range) == 10.0
+
+
+def test_a_margin_widens_the_range_and_leaves_the_centre() -> None:
+    lower, upper = torch.tensor([90.0, -3.0, 5.0]), torch.tensor([110.0, 1.0, 5.0])
+    center, half_range = center_and_half_range(lower, upper, margin=1.5)
+    assert center.tolist() == [100.0, -1.0, 5.0]
+    assert half_range[:2].tolist() == [15.0, 3.0]
+    # A channel that never moves stays a rounding step wide.
+    assert torch.equal(half_range[2:], center_and_half_range(lower, upper)[1][2:])

@@ -198,16 +198,16 @@ def test_a_gain_that_was_edited_is_found_by_the_hash(tmp_path: Path) -> None:
         Sidecar.load(file)
 
 
-# Files from before there was feedback
+# Files from before there were feedback and a margin
 
 
-def without_the_word(directory: Path) -> Path:
-    """Both documents as they were written before the option was there."""
+def without_the_words(directory: Path) -> Path:
+    """Both documents as they were written before the options were there."""
     file, readable = directory / "kvq.safetensors", directory / "kvq_config.json"
     with safe_open(file, framework="pt") as reader:
         metadata = dict(reader.metadata())
     document: dict[str, Any] = json.loads(metadata["kvq_config"])
-    del document["config"]["feedback"]
+    del document["config"]["feedback"], document["config"]["range_margin"]
     document["document_sha256"] = document_sha256(document)
     metadata["kvq_config"] = json.dumps(document)
     save_file(load_file(file), file, metadata)
@@ -215,12 +215,13 @@ def without_the_word(directory: Path) -> Path:
     return directory
 
 
-def test_an_older_sidecar_has_no_feedback(tmp_path: Path) -> None:
+def test_an_older_sidecar_has_no_feedback_and_no_margin(tmp_path: Path) -> None:
     assert KVQConfig().feedback
-    older = without_the_word(make_sidecar().save(tmp_path / "older"))
+    older = without_the_words(make_sidecar().save(tmp_path / "older"))
     assert not Sidecar.peek(older).config.feedback
     loaded = Sidecar.load(older)
     assert not loaded.config.feedback
+    assert loaded.config.range_margin == 1
     for layer in loaded.layers.values():
         assert layer.key.feedback is None
         assert layer.value.feedback is None
