@@ -2,7 +2,8 @@
 
 What ``pipeline.calibrate`` measures depends on sensitivity, outlier fraction, margin, sinks, value
 grain and feedback only; codebooks of any width, Q-Norm and capacities follow from the same
-histograms. The sidecars are those that ``calibrate`` returns, one by one, in a fraction of the time.
+histograms. The sidecars are those that ``calibrate`` returns, one by one, in a fraction of the
+time.
 """
 
 from __future__ import annotations
