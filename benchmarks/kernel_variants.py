@@ -50,7 +50,7 @@ from kvq_kernels.dequantize_kernels import (
 from kvq_kernels.pack_codes import pack_key_codes, pack_value_codes
 from kvq_kernels.prefill_block import attend_block
 from kvq_kernels.select_outliers import select_outliers
-from kvq_kernels.shape_kernel import SHAPE_ENTRIES, SHAPE_WARPS, shape_errors
+from kvq_kernels.shape_kernel import SHAPE_BLOCK, SHAPE_TOKENS, SHAPE_WARPS, shape_errors
 from kvq_kernels.value_scales import value_scales
 
 
@@ -132,8 +132,7 @@ def measure_pack(shape: Shape, target: Target) -> Measured:
     both: dict[str, Any] = {"target": target, "types": bf16}
     width = next_power_of_2(D)
     chunk = {"CAPACITY": 400, "CHUNK": pack.CHUNK}
-    tokens = SHAPE_ENTRIES // width
-    shape_of = {"H": 8, "D": D, "SHARING": 8, "OUTLIERS": True, "WIDTH": width, "TOKENS": tokens}
+    shape_of = {"H": 8, "D": D, "SHARING": 8, "OUTLIERS": True, "TOKENS": SHAPE_TOKENS}
     widths = {True: shape.key_bits, False: shape.value_bits}
     shaping = [
         code_of(
@@ -166,9 +165,11 @@ def measure_pack(shape: Shape, target: Target) -> Measured:
             warps=pack.SELECT_WARPS, **both,
         ),
     ]  # fmt: skip
-    # A compiler that unrolled the steps would be counted too high, never too low.
-    steps = sum(issued(code, {"0": D}) for code in shaping)
-    return worst(codes, target, steps / (2 * tokens * D))
+    # Before each block of channels all blocks before it are gone through: half of them on average.
+    blocks = -(-D // SHAPE_BLOCK)
+    trips = {"0": blocks, "0.0": (blocks - 1) / 2}
+    steps = sum(issued(code, trips) for code in shaping)
+    return worst(codes, target, steps / (2 * SHAPE_TOKENS * D))
 
 
 MEASURES: dict[str, Callable[[Shape, Target], Measured]] = {

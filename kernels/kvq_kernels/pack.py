@@ -26,7 +26,7 @@ from kvq_formats.parameters import KeyParameters, ValueParameters
 from kvq_kernels.launch import current
 from kvq_kernels.pack_codes import pack_key_codes, pack_value_codes
 from kvq_kernels.select_outliers import CHUNK, select_outliers
-from kvq_kernels.shape_kernel import SHAPE_ENTRIES, SHAPE_WARPS, shape_errors
+from kvq_kernels.shape_kernel import SHAPE_TOKENS, SHAPE_WARPS, gain_panels, shape_errors
 from kvq_kernels.value_scales import value_scales
 
 SCRATCH_BYTES = 64 * 2**20
@@ -37,6 +37,9 @@ CANDIDATE_BYTES = 6
 
 TARGET_BYTES = 4
 """A target f32 of error feedback, for every number."""
+
+ERROR_BYTES = 4
+"""The error f32 of a number: it lies where its magnitude comes later, if there are any."""
 
 CHANNELS = 32
 """Channels that a program packs: with 16 rows 4 numbers a thread, which fit its registers with all
@@ -80,29 +83,39 @@ class _Tables:
         self.order = self.gains = None
         if feedback is not None:
             self.order = feedback.order.to(device, torch.int16).contiguous()
-            self.gains = feedback.gains.to(device).contiguous()
+            self.gains = gain_panels(feedback).to(device)
+
+    def room(
+        self, P: int, H: int, D: int, *, magnitudes: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        """Where ``shape`` leaves errors and targets of a block's numbers; None without feedback."""
+        if self.order is None:
+            return None
+        size = _block_pages(P, H, D) * H * PAGE_TOKENS * D
+        errors = magnitudes
+        if errors is None:
+            errors = torch.empty(size, dtype=torch.float32, device=device)
+        return errors, torch.empty(size, dtype=torch.float32, device=device)
 
     def shape(
         self,
         numbers: Tensor,
         P: int,
+        room: tuple[Tensor, Tensor] | None,
         *,
         of_keys: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
         of_values: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
         sharing: int = 1,
         has_outliers: bool,
     ) -> Tensor | None:
-        """Targets f32 ``[H, P * 256, D]`` of the first P pages of numbers; None without feedback.
+        """Targets f32 ``[P, H, D, 256]`` of the first P pages of numbers; None without feedback.
 
         ``of_keys`` are centre and half-range, ``of_values`` what ``value_scales`` wrote.
         """
-        if self.order is None:
+        if room is None:
             return None
         H, _, D = numbers.shape
-        width = int(triton.next_power_of_2(D))
-        tokens = SHAPE_ENTRIES // width
-        shaped = torch.empty(H, P * PAGE_TOKENS, D, dtype=torch.float32, device=numbers.device)
-        shape_errors[(P * H, PAGE_TOKENS // tokens)](
+        shape_errors[(P * H, PAGE_TOKENS // SHAPE_TOKENS)](
             numbers,
             *of_keys,
             *of_values,
@@ -110,7 +123,7 @@ class _Tables:
             self.decode_entries,
             self.order,
             self.gains,
-            shaped,
+            *room,
             *numbers.stride()[:2],
             H=H,
             D=D,
@@ -118,12 +131,11 @@ class _Tables:
             BITS=self.bits,
             KEYS=of_keys[0] is not None,
             OUTLIERS=has_outliers,
-            TOKENS=tokens,
-            WIDTH=width,
+            TOKENS=SHAPE_TOKENS,
             num_warps=SHAPE_WARPS,
             enable_fp_fusion=False,
         )
-        return shaped
+        return room[1]
 
 
 class KeyPacker:
@@ -156,18 +168,19 @@ class KeyPacker:
         pages.base_positions.zero_()
         has_outliers = pages.outliers.shape[-1] > 0
         scratch = _candidates(P, H, D, device=keys.device) if has_outliers else (None, None)
+        room = self._tables.room(P, H, D, magnitudes=scratch[0], device=keys.device)
         with current(keys.device):
             for first, last in _blocks(P, H, D):
                 of_page = keys[:, first * PAGE_TOKENS :]
                 shaped = self._tables.shape(
                     of_page,
                     last - first,
+                    room,
                     of_keys=(self._center, self._half_range),
                     has_outliers=has_outliers,
                 )
-                of_page = of_page if shaped is None else shaped
                 pack_key_codes[_code_grid(last - first, H, D)](
-                    of_page,
+                    of_page if shaped is None else shaped,
                     self._center,
                     self._half_range,
                     self._tables.midpoints,
@@ -220,6 +233,7 @@ class ValuePacker:
         pages = _uninitialised(ValuePages, self._config, P, H, D, device=device)
         has_outliers = pages.outliers.shape[-1] > 0
         scratch = _candidates(P, H, D, device=device) if has_outliers else (None, None)
+        room = self._tables.room(P, H, D, magnitudes=scratch[0], device=device)
         sharing = H if self._config.value_grain == "token" else 1
         per_side = outliers.value_outliers_per_side(self._config, H, D)
         place_bits = (sharing * D - 1).bit_length()
@@ -251,6 +265,7 @@ class ValuePacker:
                 shaped = self._tables.shape(
                     of_page,
                     last - first,
+                    room,
                     of_values=(scales, bounds, places),
                     sharing=sharing,
                     has_outliers=has_outliers,
@@ -307,8 +322,9 @@ def _uninitialised(
 def scratch_bytes(config: KVQConfig, *, num_pages: int, num_kv_heads: int, head_dim: int) -> int:
     """Bytes that packing ``num_pages`` pages holds at its worst moment, the pages included.
 
-    Keys and values come one after the other: the pages of both, targets and candidates of one, and
-    of each value scale its outliers' bounds, twice a number and a place.
+    Keys and values come one after the other: the pages of both, targets and candidates of one (or
+    its errors, which lie among candidates), and of each value scale its outliers' bounds, twice a
+    number and a place.
     """
     sizes: dict[str, Any] = {
         "num_pages": num_pages,
@@ -327,7 +343,7 @@ def scratch_bytes(config: KVQConfig, *, num_pages: int, num_kv_heads: int, head_
     if config.feedback:
         packed += numbers * TARGET_BYTES
     if config.outlier_fraction == 0:
-        return packed
+        return packed + numbers * ERROR_BYTES * config.feedback
     scales = 1 if config.value_grain == "token" else num_kv_heads
     return packed + numbers * CANDIDATE_BYTES + 16 * tokens * scales
 

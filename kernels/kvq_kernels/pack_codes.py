@@ -91,7 +91,7 @@ def pack_key_codes(
 
     Args:
         keys: any float dtype, its last axis contiguous; with SHAPED their targets f32
-            (``shape_kernel.shape_errors``), which are normalised already.
+            ``[P, H, D, 256]`` (``shape_kernel.shape_errors``), which are normalised already.
         center, half_range: f32 ``[H, D]``.
         midpoints, decode_entries: f32 ``[N - 1]`` and ``[N]``.
         words: out, i32 ``[P, H, bits, 16, D / 2]``.
@@ -106,7 +106,10 @@ def pack_key_codes(
     inside = channel < D
     middle = tl.load(center + head * D + channel, mask=inside, other=0.0)
     scale = tl.load(half_range + head * D + channel, mask=inside, other=1.0)
-    keys += head * stride_head + page * PAGE * stride_token
+    if SHAPED:
+        keys += pool * (D * PAGE)
+    else:
+        keys += head * stride_head + page * PAGE * stride_token
     words += pool * (BITS * ROWS * D // 2)
     if OUTLIERS:
         magnitudes += pool * (PAGE * D)
@@ -121,8 +124,11 @@ def pack_key_codes(
         packed = tl.zeros([ROWS, CHANNELS], tl.int32)
         for subset in range(SUBSETS):
             token = (group * SUBSETS + subset) * ROWS + row
-            x = tl.load(keys + token * stride_token + channel, mask=inside, other=0.0)
-            z = x if SHAPED else tl.div_rn(x.to(tl.float32) - middle, scale)
+            if SHAPED:
+                z = tl.load(keys + channel * PAGE + token, mask=inside, other=0.0)
+            else:
+                x = tl.load(keys + token * stride_token + channel, mask=inside, other=0.0)
+                z = tl.div_rn(x.to(tl.float32) - middle, scale)
             code = _code(z, midpoints, BITS)
             packed |= _placed(code, subset, BITS)
             if OUTLIERS:
@@ -171,7 +177,7 @@ def pack_value_codes(
         midpoints, decode_entries: f32 ``[N - 1]`` and ``[N]``.
         words: out, i32 ``[P, H, bits, D, 8]``.
         magnitudes, entries: out, f32 and i16 ``[P, H, D, 256]``; not touched without OUTLIERS.
-        shaped: with SHAPED the values' targets f32 ``[H, P * 256, D]``
+        shaped: with SHAPED the values' targets f32 ``[P, H, D, 256]``
             (``shape_kernel.shape_errors``).
         SHARING: heads that share a scale.
     """
@@ -184,7 +190,7 @@ def pack_value_codes(
     inside = channel < D
     values += head * stride_head + page * PAGE * stride_token
     if SHAPED:
-        shaped += (head * (tl.num_programs(0) // H) + page) * (PAGE * D)
+        shaped += pool * (D * PAGE)
     of_token = (page * (H // SHARING) + head // SHARING) * (PAGE * 2)
     scales += of_token
     words += pool * (BITS * D * ROWS // 2)
@@ -206,7 +212,7 @@ def pack_value_codes(
             x = x.to(tl.float32)
             scale = tl.load(scales + 2 * token).to(tl.float32)
             if SHAPED:
-                z = tl.load(shaped + token * D + channel, mask=inside, other=0.0)
+                z = tl.load(shaped + channel * PAGE + token, mask=inside, other=0.0)
             else:
                 z = tl.div_rn(x - tl.load(scales + 2 * token + 1).to(tl.float32), scale)
             code = _code(z, midpoints, BITS)
