@@ -28,9 +28,9 @@ TYPES = {
     "query_token_stride": "i32", "key_head_stride": "i32", "key_token_stride": "i32",
     "value_head_stride": "i32", "value_token_stride": "i32", "queries": "i32", "index": "i32",
     "fresh": "i32", "midpoints": "*fp32", "decode_entries": "*fp32", "magnitudes": "*fp32",
-    "errors": "*fp32", "entries": "*i16", "stride_head": "i32", "stride_token": "i32",
-    "outlier_step": "fp32",
-    "bounds": "*fp32", "places": "*i32", "order": "*i16", "gains": "*fp16", "shaped": "*fp32",
+    "entries": "*i16", "stride_head": "i32", "stride_token": "i32", "outlier_step": "fp32",
+    "bounds": "*fp32", "places": "*i32", "order": "*i16", "gains": "*fp16", "errors": "*fp32",
+    "shaped": "*fp32",
     "key_lookup": "*i32", "value_lookup": "*i32", "key_scale": "*i32", "key_zero": "*i32",
     "offset_turns": "*fp16", "key_sums": "*fp32", "key_marks": "*i32", "key_queries": "*fp16",
     "value_sums": "*fp32", "value_step": "fp32", "value_offset": "fp32",
@@ -52,6 +52,7 @@ def code_of(
     warps: int,
     stages: int = 3,
     types: Mapping[str, str] = MappingProxyType({}),
+    options: Mapping[str, Any] | None = None,
 ) -> KernelCode:
     """Compile a kernel whose other arguments have the types of ``TYPES``, but for ``types``."""
     signature = {
@@ -71,5 +72,6 @@ def code_of(
             target=target,
             num_warps=warps,
             num_stages=stages,
+            options=options,
         )
     )

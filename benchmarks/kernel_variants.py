@@ -123,20 +123,26 @@ def measure_dequantize(shape: Shape, target: Target) -> Measured:
 def measure_pack(shape: Shape, target: Target) -> Measured:
     """What packs a page: scales, targets of error feedback, codes, pools.
 
-    Instructions are those of the targets alone, for each number, keys and values together: they
-    take D steps, the other kernels a few, or as many as a page has outliers.
+    Instructions are those of the targets alone, for each number, keys and values together: a number
+    takes a step for each channel before it, in the other kernels a few, or as many as a page has
+    outliers.
     """
     D = shape.head_dim
     codes_of = {"H": 8, "D": D, "CHANNELS": pack.CHANNELS, "OUTLIERS": True, "SHAPED": True}
-    bf16 = {"numbers": "*bf16", "keys": "*bf16", "values": "*bf16", "center": "*fp32"}
-    both: dict[str, Any] = {"target": target, "types": bf16}
+    # Keys are targets already.
+    read = {"numbers": "*bf16", "keys": "*fp32", "values": "*bf16", "center": "*fp32"}
+    both: dict[str, Any] = {"target": target, "types": read}
     width = next_power_of_2(D)
     chunk = {"CAPACITY": 400, "CHUNK": pack.CHUNK}
     shape_of = {"H": 8, "D": D, "SHARING": 8, "OUTLIERS": True, "TOKENS": SHAPE_TOKENS}
     widths = {True: shape.key_bits, False: shape.value_bits}
     shaping = [
         code_of(
-            shape_errors, {**shape_of, "BITS": bits, "KEYS": of_keys}, warps=SHAPE_WARPS, **both
+            shape_errors,
+            {**shape_of, "BITS": bits, "KEYS": of_keys},
+            warps=SHAPE_WARPS,
+            options={"enable_fp_fusion": False},
+            **both,
         )
         for of_keys, bits in widths.items()
     ]
@@ -165,8 +171,8 @@ def measure_pack(shape: Shape, target: Target) -> Measured:
             warps=pack.SELECT_WARPS, **both,
         ),
     ]  # fmt: skip
-    # Before each block of channels all blocks before it are gone through: half of them on average.
-    blocks = -(-D // SHAPE_BLOCK)
+    # Blocks of channels, and in each those before it.
+    blocks = math.ceil(D / SHAPE_BLOCK)
     trips = {"0": blocks, "0.0": (blocks - 1) / 2}
     steps = sum(issued(code, trips) for code in shaping)
     return worst(codes, target, steps / (2 * SHAPE_TOKENS * D))

@@ -39,7 +39,7 @@ TARGET_BYTES = 4
 """A target f32 of error feedback, for every number."""
 
 ERROR_BYTES = 4
-"""The error f32 of a number: it lies where its magnitude comes later, if there are any."""
+"""An error f32 of every number: it lies where its magnitude comes later, if there are outliers."""
 
 CHANNELS = 32
 """Channels that a program packs: with 16 rows 4 numbers a thread, which fit its registers with all
@@ -61,7 +61,7 @@ LOW_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 Pages = TypeVar("Pages", KeyPages, ValuePages)
 
 
-class _Tables:
+class PackTables:
     """A codebook on the device, and what error feedback needs."""
 
     def __init__(
@@ -148,7 +148,7 @@ class KeyPacker:
 
         Raises ConfigError where the codebook has another width than ``config``.
         """
-        self._tables = _Tables(
+        self._tables = PackTables(
             parameters.codebook, parameters.feedback, bits=config.key_bits, device=device
         )
         self._center = parameters.center.float().contiguous().to(device)
@@ -218,7 +218,7 @@ class ValuePacker:
 
         Raises ConfigError where the codebook has another width than ``config``.
         """
-        self._tables = _Tables(
+        self._tables = PackTables(
             parameters.codebook, parameters.feedback, bits=config.value_bits, device=device
         )
         self._outlier_step = parameters.outlier_step

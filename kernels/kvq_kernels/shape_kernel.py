@@ -1,8 +1,8 @@
 """Kernel that makes the targets of error feedback: ``kvq_formats.feedback.shape_errors``.
 
 It runs before codes are packed. Each thread has tokens of its own, and takes their channels in the
-order of rounding, ``BLOCK`` of them at a time: what all earlier channels' errors add is summed up
-in registers, then the block's channels are rounded one by one. Errors are left in memory for the
+order of rounding, a block of them at a time: what all earlier channels' errors add is summed up in
+registers, then the block's channels are rounded one by one. Errors are left in memory for the
 blocks behind. It does the f32 operations of the specification in the same order; products and sums
 must not be fused (``enable_fp_fusion=False`` at the launch).
 """
@@ -35,34 +35,24 @@ BLOCK = tl.constexpr(SHAPE_BLOCK)
 def gain_panels(feedback: Feedback) -> Tensor:
     """Gains as the kernel reads them, f16 ``[H, N]``.
 
-    For each block of columns what errors of all channels up to its last one give to it, a row of
-    ``SHAPE_BLOCK`` gains for each: row by row, block by block. What lies on the diagonal, below it
-    or beyond D is 0.
+    For each block of channels what the errors of all channels up to its last one give to it, a row
+    of ``SHAPE_BLOCK`` gains for each. What lies on the diagonal, below it or beyond D is 0.
     """
     H, D = feedback.order.shape
-    panels = []
-    row, column = torch.triu_indices(D, D, offset=1)
     width = -(-D // SHAPE_BLOCK) * SHAPE_BLOCK
     square = feedback.gains.new_zeros(H, width, width)
+    row, column = torch.triu_indices(D, D, offset=1)
     square[:, row, column] = feedback.gains
-    for first in range(0, width, SHAPE_BLOCK):
-        last = first + SHAPE_BLOCK
-        panels.append(square[:, :last, first:last].flatten(1))
-    return torch.cat(panels, dim=1)
+    blocks = [slice(first, first + SHAPE_BLOCK) for first in range(0, width, SHAPE_BLOCK)]
+    return torch.cat([square[:, : block.stop, block].flatten(1) for block in blocks], dim=1)
 
 
 @triton.jit
 def _row(tile, k):
-    """Row k of a tile f32, ``[1, T]``, whatever bits it has: a sum of integers, 0 but for one."""
+    """Row k of a tile f32 as ``[1, T]``, bit for bit: of integers all but one are 0 in the sum."""
     chosen = tl.arange(0, BLOCK)[:, None] == k
     bits = tl.where(chosen, tile.to(tl.int32, bitcast=True), 0)
     return tl.sum(bits, axis=0, keep_dims=True).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _gains(row):
-    """A row of gains, f32 ``[BLOCK, 1]``; along one axis, so that it is one load."""
-    return tl.load(row + tl.arange(0, BLOCK)).to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -97,7 +87,7 @@ def shape_errors(
         scales, bounds, places: what ``value_scales.value_scales`` wrote, of values.
         midpoints, decode_entries: f32 ``[N - 1]`` and ``[N]``.
         order: i16 ``[H, D]``.
-        gains: f16, ``gain_panels``.
+        gains: f16 ``[H, N]``, ``gain_panels``.
         errors: scratch, f32 ``[P, H, D, 256]``, channels in order.
         shaped: out, f32 ``[P, H, D, 256]``.
         SHARING: heads that share a scale of values.
@@ -105,7 +95,9 @@ def shape_errors(
     BLOCKS: tl.constexpr = (D + BLOCK - 1) // BLOCK
     pool = tl.program_id(0).to(tl.int64)
     page, head = pool // H, pool % H
-    row = tl.arange(0, BLOCK)[:, None]
+    # Gains are read along one axis, so that a row of them is one load.
+    column = tl.arange(0, BLOCK)
+    row = column[:, None]
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[None, :]
     numbers += head * stride_head + page * PAGE * stride_token
     gains += head * (BLOCKS * (BLOCKS + 1) // 2 * BLOCK * BLOCK)
@@ -123,7 +115,7 @@ def shape_errors(
         inside = block * BLOCK + row < D
         channel = tl.load(order + head * D + block * BLOCK + row, mask=inside, other=0)
         channel = channel.to(tl.int32)
-        x = tl.load(numbers + token * stride_token + channel, mask=inside, other=0.0)
+        x = tl.load(numbers + (token * stride_token + channel), mask=inside, other=0.0)
         x = x.to(tl.float32)
         if KEYS:
             middle = tl.load(center + head * D + channel)
@@ -137,7 +129,7 @@ def shape_errors(
         targets = exact
         for earlier in range(block):
             for k in tl.static_range(BLOCK):
-                gain = _gains(gains + k * BLOCK)
+                gain = tl.load(gains + k * BLOCK + column).to(tl.float32)[:, None]
                 error = tl.load(errors + (earlier * BLOCK + k) * PAGE + token)
                 targets += gain * error
             gains += BLOCK * BLOCK
@@ -151,8 +143,9 @@ def shape_errors(
             error = _row(exact, k) - decoded
             # The last block's errors go nowhere, and its channels may lie beyond D.
             tl.store(errors + (block * BLOCK + k) * PAGE + token, error, mask=block < BLOCKS - 1)
-            gain = _gains(gains + k * BLOCK)
+            gain = tl.load(gains + k * BLOCK + column).to(tl.float32)[:, None]
             targets = tl.where(row > k, targets + gain * error, targets)
         gains += BLOCK * BLOCK
         tl.store(shaped + channel * PAGE + token, targets, mask=inside)
+        # Each thread reads errors of its own, as long as both tiles of tokens are laid out alike.
         tl.debug_barrier()

@@ -18,7 +18,7 @@ from kvq_formats import outliers, pages
 from kvq_formats.codebook import Codebook
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.errors import ConfigError
-from kvq_formats.feedback import Feedback
+from kvq_formats.feedback import Feedback, shape_errors
 from kvq_formats.pages import KeyPages, ValuePages
 from kvq_formats.parameters import KeyParameters, ValueParameters
 from kvq_kernels import pack
@@ -49,6 +49,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
         monkeypatch.setattr(pack, "SCALE_TILE", 2**16)
         monkeypatch.setattr(pack, "CHANNELS", 64)
         monkeypatch.setattr(pack, "CHUNK", 2**14)
+        monkeypatch.setattr(pack, "SHAPE_TOKENS", PAGE_TOKENS)
 
 
 def codebook(bits: int) -> Codebook:
@@ -334,27 +335,135 @@ def some_feedback(H: int, D: int, *, seed: int = 11) -> Feedback:
 
 
 @pytest.mark.parametrize(
-    ("bits", "outliers", "D"),
-    [
-        (2, "overflowing", 64), (3, "off", 64), (4, "room", 64),
-        # Heads that are no power of two and no multiple of the kernel's blocks.
-        (2, "off", 20), (3, "room", 20), (4, "overflowing", 20),
-    ],
-)  # fmt: skip
-def test_feedback(bits: int, outliers: str, D: int, device: torch.device) -> None:
-    H = 2
+    ("bits", "outliers"),
+    [(2, "off"), (2, "overflowing"), (3, "off"), (3, "room"), (4, "room"), (4, "overflowing")],
+)
+def test_feedback(bits: int, outliers: str, device: torch.device) -> None:
+    H, D = 2, 20
     config = KVQConfig(key_bits=bits, value_bits=bits, **OUTLIERS[outliers])
     keys, values = heavy(H, 2, D), heavy(H, 2, D).flip(1)
     shaped = replace(key_parameters(bits, H, D), feedback=some_feedback(H, D))
-    expected = check_keys(keys, shaped, config, device)
+    expected = check_keys(keys.to(device), shaped, config, device)
     plain = pages.encode_keys(keys, key_parameters(bits, H, D), config)
     assert not torch.equal(expected.words, plain.words)
-    check_values(
-        values, replace(value_parameters(bits), feedback=some_feedback(H, D)), config, device
-    )
+    shaped_values = replace(value_parameters(bits), feedback=some_feedback(H, D))
+    check_values(values.to(device), shaped_values, config, device)
+
+
+@pytest.mark.parametrize(
+    ("bits", "H", "P", "D", "amount", "dtype", "what"),
+    [
+        (2, 2, 1, 64, "overflowing", torch.bfloat16, "both"),
+        (3, 1, 2, 64, "room", torch.float32, "keys"),
+        (4, 2, 1, 64, "off", torch.float16, "values"),
+        (2, 1, 1, 80, "room", torch.float32, "both"),
+        (3, 2, 1, 80, "overflowing", torch.float16, "values"),
+        (4, 2, 1, 80, "room", torch.bfloat16, "keys"),
+        (4, 1, 1, 80, "off", torch.float32, "both"),
+        (3, 1, 1, 96, "no pool", torch.bfloat16, "both"),
+        (2, 1, 2, 128, "off", torch.bfloat16, "keys"),
+        (3, 1, 1, 128, "overflowing", torch.bfloat16, "both"),
+        (4, 2, 1, 128, "room", torch.float32, "values"),
+        (2, 1, 1, 256, "overflowing", torch.float16, "keys"),
+        (2, 1, 1, 256, "room", torch.bfloat16, "values"),
+        (4, 2, 1, 2, "room", torch.float32, "both"),
+        (3, 3, 2, 8, "overflowing", torch.bfloat16, "both"),
+        (2, 2, 1, 10, "room", torch.float64, "both"),
+    ],
+    ids=str,
+)
+def test_feedback_of_any_shape(
+    bits: int,
+    H: int,
+    P: int,
+    D: int,
+    amount: str,
+    dtype: torch.dtype,
+    what: str,
+    device: torch.device,
+) -> None:
+    x, options = heavy(H, P, D, dtype=dtype).to(device), config(bits, amount)
+    feedback = some_feedback(H, D)
+    if what != "values":
+        check_keys(x, replace(key_parameters(bits, H, D), feedback=feedback), options, device)
+    if what != "keys":
+        check_values(x, replace(value_parameters(bits), feedback=feedback), options, device)
+
+
+@pytest.mark.parametrize(("tokens", "amount"), [(64, "overflowing"), (128, "off")])
+def test_feedback_with_several_programs_a_page_and_blocks_of_pages(
+    tokens: int, amount: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    H, D = 1, 12
+    monkeypatch.setattr(pack, "SHAPE_TOKENS", tokens)
+    monkeypatch.setattr(pack, "SCRATCH_BYTES", 2 * pack.CANDIDATE_BYTES * H * PAGE_TOKENS * D)
+    x, feedback = heavy(2 * H, 3, 2 * D).to(device)[1:, :, :D], some_feedback(H, D)
+    assert not x.is_contiguous()
+    keys = replace(key_parameters(3, H, D), feedback=feedback)
+    check_keys(x, keys, config(3, amount), device)
+    check_values(x, replace(value_parameters(3), feedback=feedback), config(3, amount), device)
+
+
+@pytest.mark.parametrize("size", ["any", "zeros", "large"])
+def test_targets_of_feedback_are_the_specifications_bits(size: str, device: torch.device) -> None:
+    """Codes and outliers alone would hide most of a target's bits."""
+    H, P, D = 2, 1, 20
+    keys = {
+        "any": heavy(H, P, D),
+        "zeros": few_numbers(H, P, D, [0.0, -0.0, 0.0, -0.0, 0.5]),
+        "large": heavy(H, P, D) * 1e30,
+    }[size]
+    feedback, codes = some_feedback(H, D), codebook(3)
+    gains = feedback.gains.where(torch.arange(feedback.gains.shape[1]) % 3 > 0, 0.0)
+    feedback = replace(feedback, gains=gains)
+    center, half_range = torch.zeros(H, D, device=device), torch.ones(H, D, device=device)
+    tables = pack.PackTables(codes, feedback, bits=3, device=device)
+    room = tables.room(P, H, D, magnitudes=None, device=device)
+    found = tables.shape(keys.to(device), P, room, of_keys=(center, half_range), has_outliers=False)
+    z = keys.unflatten(1, (P, PAGE_TOKENS)).transpose(0, 1)
+    expected = shape_errors(z, codes, feedback, is_outlier=torch.zeros((), dtype=torch.bool))
+    assert found is not None
+    found = found.cpu().view(P, H, D, PAGE_TOKENS).mT.contiguous()
+    assert torch.equal(found.view(torch.int32), expected.contiguous().view(torch.int32))
+
+
+@pytest.mark.parametrize("amount", ["off", "no pool", "room"])
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("grain", ["token", "head"])
+def test_scratch_is_counted(
+    amount: str, feedback: bool, grain: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    H, P, D = 2, 2, 6
+    options = config(3, amount, grain=grain).model_copy(update={"feedback": feedback})
+    passed_on = some_feedback(H, D) if feedback else None
+    made = []
+
+    def noted(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def note(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            made.append(0 if tensor.device.type == "meta" else tensor.nbytes)
+            return tensor
+
+        return note
+
+    x = heavy(H, P, D).to(device)
+    keys = KeyPacker(replace(key_parameters(3, H, D), feedback=passed_on), options, device=device)
+    values = ValuePacker(replace(value_parameters(3), feedback=passed_on), options, device=device)
+    with monkeypatch.context() as noting:
+        for name in ("empty", "empty_like"):
+            noting.setattr(torch, name, noted(getattr(torch, name)))
+        values.pack(x)
+        used = sum(made)
+        made.clear()
+        packed = keys.pack(x)
+    key_bytes = sum(getattr(packed, field.name).nbytes for field in fields(packed))
+    counted = pack.scratch_bytes(options, num_pages=P, num_kv_heads=H, head_dim=D)
+    assert counted == used + key_bytes
+    assert counted >= sum(made)
 
 
 def test_feedback_of_heads_with_scales_of_their_own(device: torch.device) -> None:
     config = KVQConfig(key_bits=2, value_bits=2, value_grain="head")
     parameters = replace(value_parameters(2), feedback=some_feedback(3, 64))
-    check_values(heavy(3, 1, 64, dtype=torch.bfloat16), parameters, config, device)
+    values = heavy(3, 1, 64, dtype=torch.bfloat16).to(device)
+    check_values(values, parameters, config, device)
