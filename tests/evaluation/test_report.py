@@ -173,7 +173,8 @@ def test_sidecars_are_measured_by_decoding(tiny_llama: LlamaForCausalLM) -> None
     assert [row.path for row in whole] == ["prefill"] * 3
     unquantized, ours, garbage = decoded
     assert unquantized == whole[0]
-    assert 0 < 20 * ours.kl < garbage.kl
+    # Garbage is worse by an order of magnitude, not by a hair.
+    assert 0 < 10 * ours.kl < garbage.kl
     assert garbage.agreement < ours.agreement
     for one, other in zip(decoded[1:], whole[1:], strict=True):
         assert one.tokens == other.tokens
