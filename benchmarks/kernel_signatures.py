@@ -30,7 +30,7 @@ TYPES = {
     "fresh": "i32", "midpoints": "*fp32", "decode_entries": "*fp32", "magnitudes": "*fp32",
     "entries": "*i16", "stride_head": "i32", "stride_token": "i32", "outlier_step": "fp32",
     "bounds": "*fp32", "places": "*i32", "order": "*i16", "gains": "*fp16", "errors": "*fp32",
-    "shaped": "*fp32",
+    "shaped": "*fp32", "shift": "*fp32",
     "key_lookup": "*i32", "value_lookup": "*i32", "key_scale": "*i32", "key_zero": "*i32",
     "offset_turns": "*fp16", "key_sums": "*fp32", "key_marks": "*i32", "key_queries": "*fp16",
     "value_sums": "*fp32", "value_step": "fp32", "value_offset": "fp32",

@@ -3,7 +3,9 @@
 To second order the divergence from the unquantized model is ``(g . e)**2 / 2`` a token and head,
 with ``e`` what rounding its numbers changed and ``g`` the loss's gradient there, summed over tokens
 and heads as if their errors were independent (KVQuant's sensitivity, section 3.3, with what lies
-off the diagonal). The errors are those of the real pages, outliers and feedback included.
+off the diagonal). The errors are those of the real pages, outliers and feedback included. What
+decoding is damaged by, through queries of later pages (``far_gradients``), is a small part of it,
+but what a deployed cache loses; it is made to weigh as much as all of it.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvq_calibration.allocation import WIDTHS, Kind
-from kvq_calibration.capture import KeyValueTap
+from kvq_calibration.far_gradients import FarGradientTap
 from kvq_calibration.sensitivity import (
     LossScale,
     activation_gradients,
     backward,
+    far_gradients,
     layer_gradients,
 )
 from kvq_formats import pages
@@ -29,6 +32,9 @@ from kvq_runtime.rope import tap_attention
 
 MOST_TOKENS = 8192
 """Tokens that losses are measured on, in whole windows; more hardly move an allocation."""
+
+Losses = dict[tuple[int, Kind], dict[int, float]]
+"""(layer_idx, what) -> width -> loss."""
 
 ByWidth = Mapping[int, Mapping[int, LayerParameters]]
 """width -> layer_idx -> parameters, keys and values both of that width."""
@@ -41,8 +47,10 @@ def expected_losses(
     fitted: ByWidth,
     *,
     progress: Progress,
-) -> dict[tuple[int, Kind], dict[int, float]]:
+) -> Losses:
     """Expected divergence, nats a token, by layer, keys or values, and width.
+
+    With far losses in it (see above) it is twice as much.
 
     Args:
         model: the model that ``fitted`` was measured on.
@@ -53,10 +61,13 @@ def expected_losses(
     """
     layers = tuple(fitted[WIDTHS[0]])
     used = windows[: max(1, MOST_TOKENS // windows.shape[1])]
-    losses: dict[tuple[int, Kind], dict[int, float]] = {
-        (layer, kind): dict.fromkeys(WIDTHS, 0.0) for layer in layers for kind in ("key", "value")
-    }
-    tap, scale = KeyValueTap(layers=layers), LossScale(model.dtype)
+    whole, far = _no_losses(layers), _no_losses(layers)
+    scale = LossScale(model.dtype)
+    tap = FarGradientTap(
+        layers=layers,
+        recomputed=model.supports_gradient_checkpointing,
+        sink_tokens=config.sink_tokens,
+    )
     with (
         tap_attention(model, tap),
         progress.stage("widths", len(used)) as advance,
@@ -65,26 +76,52 @@ def expected_losses(
         for window in used.split(1):
             backward(model, tap, window, scale)
             for layer in layers:
-                gradients = layer_gradients(tap, layer, scale)
-                keys = tap.keys.pop(layer).numbers()
-                values = tap.values.pop(layer)
-                key_gradient, value_gradient, key, value = (
-                    x.detach()[0, :, config.sink_tokens :].float()
-                    for x in (*gradients, keys, values)
-                )
+                gradients = [(whole, layer_gradients(tap, layer, scale))]
+                if (through_later_pages := far_gradients(tap, layer, scale)) is not None:
+                    gradients.append((far, through_later_pages))
+                keys = _after_sinks(tap.keys.pop(layer).numbers(), config)
+                values = _after_sinks(tap.values.pop(layer), config)
                 for width in WIDTHS:
                     parameters = fitted[width][layer]
                     uniform = config.with_widths(width)
-                    decoded = _decoded_keys(key, parameters, uniform)
-                    losses[layer, "key"][width] += _loss(key_gradient, decoded - key)
-                    decoded = _decoded_values(value, parameters, uniform)
-                    losses[layer, "value"][width] += _loss(value_gradient, decoded - value)
+                    key_error = _decoded_keys(keys, parameters, uniform) - keys
+                    value_error = _decoded_values(values, parameters, uniform) - values
+                    for losses, (at_keys, at_values) in gradients:
+                        losses[layer, "key"][width] += _loss(
+                            _after_sinks(at_keys, config), key_error
+                        )
+                        losses[layer, "value"][width] += _loss(
+                            _after_sinks(at_values, config), value_error
+                        )
             advance()
-    tokens = used.numel()
+    share = _share(whole, far)
     return {
-        tensor: {width: loss / tokens for width, loss in by_width.items()}
-        for tensor, by_width in losses.items()
+        tensor: {
+            width: (loss + share * far[tensor][width]) / used.numel()
+            for width, loss in by_width.items()
+        }
+        for tensor, by_width in whole.items()
     }
+
+
+def _no_losses(layers: tuple[int, ...]) -> Losses:
+    return {
+        (layer, kind): dict.fromkeys(WIDTHS, 0.0) for layer in layers for kind in ("key", "value")
+    }
+
+
+def _share(whole: Losses, far: Losses) -> float:
+    """What far losses are multiplied by to be as much as all of it, at the width in the middle."""
+    middle = WIDTHS[len(WIDTHS) // 2]
+    all_of_it, far_part = (
+        sum(by_width[middle] for by_width in losses.values()) for losses in (whole, far)
+    )
+    return all_of_it / far_part if far_part > 0 else 0.0
+
+
+def _after_sinks(x: Tensor, config: KVQConfig) -> Tensor:
+    """``[1, H, T, D]`` -> f32 ``[H, T - sinks, D]``."""
+    return x.detach()[0, :, config.sink_tokens :].float()
 
 
 def _loss(gradient: Tensor, error: Tensor) -> float:

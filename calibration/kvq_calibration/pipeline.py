@@ -2,14 +2,15 @@
 
 Two passes over the text. The first finds the thresholds of every key channel. The second finds the
 sensitivity of every key and value and drops each batch, weighted, into histograms of the normalised
-inliers, from which codebooks, Q-Norm and outlier steps are computed. What is held between batches
-grows neither with tokens nor with layers times tokens.
+inliers, from which codebooks, Q-Norm and outlier steps are computed. Codebooks of numbers that get
+error feedback are then fitted again to a sample of tokens. What is held between batches grows
+neither with tokens nor with layers times tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,17 +25,21 @@ from kvq_calibration.capture import (
     token_rows,
 )
 from kvq_calibration.expected_loss import expected_losses
-from kvq_calibration.moments import GradientMoments
+from kvq_calibration.far_gradients import FarGradientTap
+from kvq_calibration.moments import GradientMoments, at_normalised, fit_feedback
 from kvq_calibration.packed_weights import weights_as_loaded
 from kvq_calibration.points import NormalisedPoints
+from kvq_calibration.refit import CODEBOOK_TOKENS, MEAN_TOKENS, refit_keys, refit_values
 from kvq_calibration.residuals import fit_outlier_step
 from kvq_calibration.sensitivity import (
     LossScale,
     activation_gradients,
     backward,
+    far_gradients,
     layer_gradients,
 )
 from kvq_calibration.thresholds import ChannelQuantiles, center_and_half_range
+from kvq_calibration.token_sample import TokenSample
 from kvq_formats import outliers
 from kvq_formats.config import KVQConfig
 from kvq_formats.errors import CalibrationError, DataError
@@ -61,14 +66,20 @@ class LayerPoints:
     """What is kept of one layer's keys and values between batches.
 
     Fields:
+        key_sample, value_sample: some tokens as they are; empty without sensitivity.
         key, value: histograms in normalised units.
         key_moments, value_moments: of the gradients; empty without sensitivity.
+        far_key_moments, far_value_moments: of those through queries of later pages.
     """
 
+    key_sample: TokenSample
+    value_sample: TokenSample
     key: NormalisedPoints = field(default_factory=NormalisedPoints)
     value: NormalisedPoints = field(default_factory=NormalisedPoints)
     key_moments: GradientMoments = field(default_factory=GradientMoments)
     value_moments: GradientMoments = field(default_factory=GradientMoments)
+    far_key_moments: GradientMoments = field(default_factory=GradientMoments)
+    far_value_moments: GradientMoments = field(default_factory=GradientMoments)
 
 
 def find_thresholds(
@@ -137,6 +148,8 @@ def _add_layer(
     if gradients is not None:
         points.key_moments.add(gradients[0])
         points.value_moments.add(gradients[1])
+        points.key_sample.add(keys, gradients[0])
+        points.value_sample.add(values, gradients[1])
 
 
 def measure_points(
@@ -149,19 +162,37 @@ def measure_points(
     progress: Progress,
 ) -> dict[int, LayerPoints]:
     """Second pass: histograms of normalised keys and values by layer, weighted by sensitivity."""
-    points = {layer: LayerPoints() for layer in thresholds}
-    tap = KeyValueTap(layers=tuple(thresholds))
+    total = windows.shape[0] * (windows.shape[1] - config.sink_tokens)
+
+    def sample(at_most: int) -> TokenSample:
+        return TokenSample.of(total, at_most=at_most, dtype=model.dtype)
+
+    points = {
+        layer: LayerPoints(sample(CODEBOOK_TOKENS), sample(MEAN_TOKENS)) for layer in thresholds
+    }
+    tap = FarGradientTap(
+        layers=tuple(thresholds),
+        recomputed=model.supports_gradient_checkpointing,
+        sink_tokens=config.sink_tokens,
+    )
     batches = windows.split(batch_size)
     weighted = config.sensitivity == "fisher"
 
     def rows(x: Tensor) -> Tensor:
         return token_rows(x, sink_tokens=config.sink_tokens)
 
-    def add(layer: int, gradients: tuple[Tensor, Tensor] | None) -> None:
+    def add(
+        layer: int,
+        gradients: tuple[Tensor, Tensor] | None,
+        far: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         keys = finite(rows(tap.keys.pop(layer).numbers()), layer_idx=layer, what="keys")
         values = finite(rows(tap.values.pop(layer)), layer_idx=layer, what="values")
         kept = None if gradients is None else (rows(gradients[0]), rows(gradients[1]))
         _add_layer(points[layer], keys, values, kept, thresholds[layer], config)
+        if far is not None:
+            points[layer].far_key_moments.add(rows(far[0]))
+            points[layer].far_value_moments.add(rows(far[1]))
 
     with tap_attention(model, tap), progress.stage("sensitivity", len(batches)) as advance:
         if weighted:
@@ -170,7 +201,8 @@ def measure_points(
                 for batch in batches:
                     backward(model, tap, batch, scale)
                     for layer in thresholds:
-                        add(layer, layer_gradients(tap, layer, scale))
+                        gradients = layer_gradients(tap, layer, scale)
+                        add(layer, gradients, far_gradients(tap, layer, scale))
                     advance()
         else:
             for batch in batches:
@@ -195,29 +227,32 @@ def fit_layer(
     key_codebook = key.fit(config.key_bits, config)
     value_codebook = value.fit(config.value_bits, config)
     key_index_bits = outliers.channel_bits(center.shape[-1])
-    parameters = LayerParameters(
-        key=KeyParameters(
-            center=center,
-            half_range=half_range,
-            codebook=key_codebook,
-            outlier_step=fit_outlier_step(key.outliers, key_codebook, index_bits=key_index_bits),
-            feedback=points.key_moments.feedback(half_range) if with_feedback else None,
-        ),
-        value=ValueParameters(
-            codebook=value_codebook,
-            outlier_step=fit_outlier_step(
-                value.outliers, value_codebook, index_bits=outliers.TOKEN_BITS
-            ),
-            feedback=points.value_moments.feedback() if with_feedback else None,
+    keys = KeyParameters(
+        center=center,
+        half_range=half_range,
+        codebook=key_codebook,
+        outlier_step=fit_outlier_step(key.outliers, key_codebook, index_bits=key_index_bits),
+    )
+    values = ValueParameters(
+        codebook=value_codebook,
+        outlier_step=fit_outlier_step(
+            value.outliers, value_codebook, index_bits=outliers.TOKEN_BITS
         ),
     )
+    if with_feedback:
+        moment = at_normalised(points.key_moments.with_far(points.far_key_moments), half_range)
+        keys = replace(keys, feedback=fit_feedback(moment))
+        keys = refit_keys(keys, points.key_sample, moment, config)
+        moment = points.value_moments.with_far(points.far_value_moments)
+        values = replace(values, feedback=fit_feedback(moment))
+        values = refit_values(values, points.value_sample, moment, config)
     statistics = LayerStatistics(
-        key_error=key.relative_error(key_codebook),
-        value_error=value.relative_error(value_codebook),
+        key_error=key.relative_error(keys.codebook),
+        value_error=value.relative_error(values.codebook),
         key_outlier_share=key.outlier_share,
         value_outlier_share=value.outlier_share,
     )
-    return parameters, statistics
+    return LayerParameters(keys, values), statistics
 
 
 def fit_every_width(

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from kvq_calibration.capture import KeyValueTap, evaluation_mode
+from kvq_calibration.far_gradients import FarGradientTap
 from kvq_calibration.packed_weights import check_differentiable
 from kvq_calibration.token_loss import loss_by_rows
 from kvq_formats.errors import CalibrationError
@@ -148,6 +149,16 @@ def layer_gradients(tap: KeyValueTap, layer_idx: int, scale: LossScale) -> tuple
     in memory.
     """
     key, value = _gradients(tap, layer_idx)
+    return key.float() / scale.value, value.float() / scale.value
+
+
+def far_gradients(
+    tap: FarGradientTap, layer_idx: int, scale: LossScale
+) -> tuple[Tensor, Tensor] | None:
+    """Gradients as ``layer_gradients``, through queries of later pages; None where none are."""
+    if layer_idx not in tap.far:
+        return None
+    key, value = tap.far.pop(layer_idx)
     return key.float() / scale.value, value.float() / scale.value
 
 

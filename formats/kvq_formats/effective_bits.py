@@ -32,8 +32,8 @@ class EffectiveBits:
         total: the sum.
         without_unfinished: without the unfinished page's bytes and its tokens; methods are
             compared on it.
-        table_bytes: static tables of a layer, apart: centre, half-range, codebooks, gains of
-            error feedback.
+        table_bytes: static tables of a layer, apart: centre, half-range, codebooks, tables
+            of error feedback.
     """
 
     tokens: int
@@ -123,9 +123,9 @@ def _of_one_layer(config: KVQConfig, H: int, D: int, tokens: int) -> EffectiveBi
 def _table_bytes(config: KVQConfig, H: int, D: int) -> int:
     """Centre and half-range f32 a channel; entry f32 and level u8 of both codebooks; feedback.
 
-    Of feedback an i16 for the order of each channel and f16 gains above the diagonal, for keys and
-    for values.
+    Of feedback an i16 for the order and an f32 for the shift of each channel, and f16 gains above
+    the diagonal, for keys and for values.
     """
     entries = (1 << config.key_bits) + (1 << config.value_bits)
-    feedback = 2 * 2 * H * (D + D * (D - 1) // 2) if config.feedback else 0
+    feedback = 2 * H * (2 * D + 4 * D + 2 * (D * (D - 1) // 2)) if config.feedback else 0
     return 4 * 2 * H * D + 5 * entries + feedback

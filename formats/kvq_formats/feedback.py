@@ -5,17 +5,21 @@ that are still to come, where the loss cannot tell it from no error. With ``M`` 
 the loss's gradient at a head's D numbers and ``M = (I + G) S (I + G)^T``, ``G`` strictly upper
 triangular and ``S`` diagonal, the target of channel j is
 
-    target_j = z_j + sum over i < j of  error_i * G[i, j],     error_i = z_i - decoded_i
+    target_j = x_j + sum over i < j of  error_i * G[i, j],    error_i = x_i - decoded_i
 
-and the expected loss of all errors is the sum of ``S_j * (target_j - decoded_j)**2``, which is what
-rounding to the nearest entry makes small. For weights this is LDLQ (Chee et al., QuIP, arXiv
-2307.13304, section 3) and, written otherwise, GPTQ; for a cache it costs no bit: bytes mean what
-they meant before, only their choice differs, and it depends on nothing but the token itself.
+and ``x = z + shift`` the normalised numbers and a constant of each channel. Without it the expected
+loss of all errors is the sum of ``S_j * (target_j - decoded_j)**2``, which is what rounding to the
+nearest entry makes small. For weights this is LDLQ (Chee et al., QuIP, arXiv 2307.13304, section 3)
+and, written otherwise, GPTQ; for a cache it costs no bit: bytes mean what they meant before, only
+their choice differs, and it depends on nothing but the token itself.
+
+The shift makes decoded numbers keep their channel's mean: rounding against one codebook for all
+channels moves it, and attention to many tokens adds that up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -37,14 +41,17 @@ class Feedback:
         order: i64 ``[H, D]``, channels of each head in the order that they are rounded in.
         gains: f16 ``[H, D * (D - 1) / 2]``, ``G`` in that order, in units of the normalised range:
             its rows above the diagonal, one behind the other (``gain_row``).
+        shift: f32 ``[H, D]``, by channel and not in that order, in units of the normalised range:
+            what is added to every number of a channel before anything else.
     """
 
     order: Tensor
     gains: Tensor
+    shift: Tensor
 
     @classmethod
     def fit(cls, moment: Tensor, *, damping: float) -> Self:
-        """Order and gains of the least expected loss.
+        """Order and gains of the least expected loss; shifts of zero.
 
         Args:
             moment: f64 ``[H, D, D]``, second moment of the loss's gradient at the normalised
@@ -67,11 +74,16 @@ class Feedback:
         gains = factor / factor.diagonal(dim1=1, dim2=2)[:, None, :]
         row, column = torch.triu_indices(moment.shape[1], moment.shape[1], offset=1)
         packed = gains[:, row, column].clamp(-LARGEST_GAIN, LARGEST_GAIN)
-        return cls(order, packed.half())
+        shift = torch.zeros(order.shape, dtype=torch.float32, device=order.device)
+        return cls(order, packed.half(), shift)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on ``device``."""
-        return type(self)(self.order.to(device), self.gains.to(device))
+        return type(self)(self.order.to(device), self.gains.to(device), self.shift.to(device))
+
+    def shifted(self, shift: Tensor) -> Self:
+        """The same with this shift, f32 ``[H, D]``, in place of its own."""
+        return replace(self, shift=shift)
 
     def gain_row(self, i: int) -> Tensor:
         """What of the i-th channel's error goes to those after it, f32 ``[H, D - 1 - i]``."""
@@ -83,7 +95,8 @@ class Feedback:
         """For heads whose channel ``i`` is what was channel ``channels[i]``; i64 ``[D]``."""
         places = torch.empty_like(channels)
         places[channels] = torch.arange(len(channels), device=channels.device)
-        return type(self)(places.to(self.order.device)[self.order], self.gains)
+        order = places.to(self.order.device)[self.order]
+        return replace(self, order=order, shift=self.shift[:, channels.to(self.shift.device)])
 
 
 def shape_errors(
@@ -103,8 +116,8 @@ def shape_errors(
             those whose target lies beyond [-1, 1].
 
     An outlier that later finds no room in its page stays clamped, and nobody makes that good.
-    Products and sums are rounded one by one, in the order of the channels, so that every
-    implementation gives the same bits.
+    Products and sums, the shift's first, are rounded one by one, in the order of the channels, so
+    that every implementation gives the same bits.
     """
     P, H, T, D = z.shape
     tables = feedback.to(z.device)
@@ -114,7 +127,8 @@ def shape_errors(
     step = max(1, BLOCK_ENTRIES // max(H * T * D, 1))
     for first in range(0, P, step):
         pages = slice(first, first + step)
-        exact, order = _channels_in_order(z[pages], tables.order)
+        shifted = z[pages] + tables.shift[:, None, :]
+        exact, order = _channels_in_order(shifted, tables.order)
         outliers = None
         if is_outlier is not None:
             outliers, _ = _channels_in_order(is_outlier.expand_as(z)[pages], tables.order)

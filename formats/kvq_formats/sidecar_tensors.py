@@ -28,6 +28,9 @@ CODEBOOK_TENSORS = (
 FEEDBACK_TENSORS = ("feedback_order", "feedback_gains")
 """Optional: without them each number is rounded by itself."""
 
+FEEDBACK_SHIFT = "feedback_shift"
+"""Always written with feedback; files from before there was a shift have none, which is zeros."""
+
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.int16: "I16", torch.uint8: "U8"}
 """safetensors' words."""
 
@@ -129,9 +132,10 @@ def _add_codebook(
 
 def _add_feedback(tensors: dict[str, Tensor], prefix: str, feedback: Feedback | None) -> None:
     if feedback is not None:
-        order, gains = (tensor.to("cpu", copy=True) for tensor in vars(feedback).values())
+        order, gains = (it.to("cpu", copy=True) for it in (feedback.order, feedback.gains))
         tensors[prefix + "feedback_order"] = order.to(torch.int16).contiguous()
         tensors[prefix + "feedback_gains"] = gains.contiguous()
+        tensors[prefix + FEEDBACK_SHIFT] = _f32(feedback.shift)
 
 
 def _take_feedback(tensors: Mapping[str, Tensor], prefix: str, H: int, D: int) -> Feedback | None:
@@ -141,7 +145,10 @@ def _take_feedback(tensors: Mapping[str, Tensor], prefix: str, H: int, D: int) -
     if not torch.equal(order.sort(dim=-1).values, torch.arange(D).expand(H, D)):
         raise DamagedTensorsError(f"{prefix}feedback_order does not name every channel once")
     gains = _take(tensors, prefix + "feedback_gains", (H, D * (D - 1) // 2), torch.float16)
-    return Feedback(order, gains)
+    shift = torch.zeros(H, D)
+    if prefix + FEEDBACK_SHIFT in tensors:
+        shift = _take(tensors, prefix + FEEDBACK_SHIFT, (H, D))
+    return Feedback(order, gains, shift)
 
 
 def _layer_indices(tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> list[int]:
@@ -166,9 +173,10 @@ def _layer_indices(tensors: Mapping[str, Tensor], fingerprint: Fingerprint) -> l
         )
     }
     for prefix in [f"layers.{i}.{what}." for i in indices for what in ("key", "value")]:
-        optional = {prefix + name for name in FEEDBACK_TENSORS}
-        if optional & set(tensors):
-            expected |= optional
+        together = {prefix + name for name in FEEDBACK_TENSORS}
+        shift = {prefix + FEEDBACK_SHIFT} & set(tensors)
+        if shift or together & set(tensors):
+            expected |= together | shift
     if missing := sorted(expected - set(tensors)):
         raise DamagedTensorsError(f"its tensor {missing[0]} is missing")
     if unknown := sorted(set(tensors) - expected):

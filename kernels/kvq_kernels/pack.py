@@ -80,9 +80,10 @@ class PackTables:
         self.bits = bits
         self.midpoints = codebook.midpoints.to(device)
         self.decode_entries = codebook.decode_entries.to(device)
-        self.order = self.gains = None
+        self.order = self.shift = self.gains = None
         if feedback is not None:
             self.order = feedback.order.to(device, torch.int16).contiguous()
+            self.shift = feedback.shift.to(device, torch.float32).contiguous()
             self.gains = gain_panels(feedback).to(device)
 
     def room(
@@ -122,6 +123,7 @@ class PackTables:
             self.midpoints,
             self.decode_entries,
             self.order,
+            self.shift,
             self.gains,
             *room,
             *numbers.stride()[:2],

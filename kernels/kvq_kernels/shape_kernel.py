@@ -66,6 +66,7 @@ def shape_errors(
     midpoints,
     decode_entries,
     order,
+    shift,
     gains,
     errors,
     shaped,
@@ -87,6 +88,7 @@ def shape_errors(
         scales, bounds, places: what ``value_scales.value_scales`` wrote, of values.
         midpoints, decode_entries: f32 ``[N - 1]`` and ``[N]``.
         order: i16 ``[H, D]``.
+        shift: f32 ``[H, D]``, by channel, not in that order.
         gains: f16 ``[H, N]``, ``gain_panels``.
         errors: scratch, f32 ``[P, H, D, 256]``, channels in order.
         shaped: out, f32 ``[P, H, D, 256]``.
@@ -120,7 +122,7 @@ def shape_errors(
         if KEYS:
             middle = tl.load(center + head * D + channel)
             scale = tl.load(half_range + head * D + channel)
-        exact = tl.div_rn(x - middle, scale)
+        exact = tl.div_rn(x - middle, scale) + tl.load(shift + head * D + channel)
         if OUTLIERS and not KEYS:
             of_vector = (head % SHARING).to(tl.int32) * D + channel
             is_outlier = (x < lower) | ((x == lower) & (of_vector < first))

@@ -40,7 +40,8 @@ def stand_in(
     center, half_range = torch.zeros(shape), torch.full(shape, HALF_RANGE)
     feedback = None
     if config.feedback and config.sensitivity == "fisher":
-        # Channels that have nothing to do with each other: the right number of gains, all zero.
+        # Channels that have nothing to do with each other: the right number of gains and shifts,
+        # all zero.
         apart = torch.eye(shape[1], dtype=torch.float64).expand(shape[0], -1, -1)
         feedback = Feedback.fit(apart, damping=0.0)
     made = {

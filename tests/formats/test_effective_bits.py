@@ -76,8 +76,9 @@ def test_layers_of_different_widths_count_each_by_its_own() -> None:
     assert found.without_unfinished == pytest.approx(2.5 + 0.125 + 64 / 65_536)
     assert found.tokens == 2560
     # 1,024 bytes, and 5 an entry of codebooks: of 4 + 4 entries twice, of 16 + 8 once.
-    # Feedback: gains of 64 * 63 / 2 pairs and 64 places of 2 bytes, in 2 heads, twice.
-    feedback = 2 * 2 * 2 * (64 * 63 // 2 + 64)
+    # Feedback: gains of 64 * 63 / 2 pairs and 64 places of 2 bytes, 64 shifts of 4, in 2 heads,
+    # twice.
+    feedback = 2 * 2 * (2 * (64 * 63 // 2 + 64) + 4 * 64)
     assert found.table_bytes == round((1064 + 1064 + 1144) / 3) + feedback
 
 

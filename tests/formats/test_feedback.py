@@ -53,10 +53,61 @@ def test_a_case_by_hand() -> None:
     feedback = Feedback.fit(torch.tensor([[[2.0, 1.0], [1.0, 1.0]]]).double(), damping=0.0)
     assert feedback.order.tolist() == [[0, 1]]
     assert feedback.gains.tolist() == [[1.0]]
+    assert feedback.shift.tolist() == [[0.0, 0.0]]
     z = torch.tensor([0.4, 0.4]).reshape(1, 1, 1, 2)
     none = torch.zeros((), dtype=torch.bool)
     targets = shape_errors(z, QUARTERS, feedback, is_outlier=none)
     assert targets.flatten().tolist() == pytest.approx([0.4, 0.55], abs=2**-23)
+
+
+def test_a_shift_by_hand() -> None:
+    """It moves the numbers of its channel, and errors are those of what was moved.
+
+    Errors go from the second channel to the first. 0.4 + 0.2 rounds to 0.75: error 0.6 - 0.75, so
+    that the target of the first is (0.4 - 0.1) - 0.15.
+    """
+    feedback = Feedback(torch.tensor([[1, 0]]), torch.ones(1, 1).half(), torch.zeros(1, 2))
+    feedback = feedback.shifted(torch.tensor([[-0.1, 0.2]]))
+    none = torch.zeros((), dtype=torch.bool)
+    z = torch.tensor([0.4, 0.4]).reshape(1, 1, 1, 2)
+    targets = shape_errors(z, QUARTERS, feedback, is_outlier=none)
+    assert targets.flatten().tolist() == pytest.approx([0.15, 0.6], abs=2**-23)
+    # 0.9 + 0.2 is beyond the range and stored as it is, without an error.
+    z = torch.tensor([0.4, 0.9]).reshape(1, 1, 1, 2)
+    targets = shape_errors(z, QUARTERS, feedback, is_outlier=None)
+    assert targets.flatten().tolist() == pytest.approx([0.3, 1.1], abs=2**-22)
+
+
+def test_a_shift_keeps_the_mean_of_a_channel() -> None:
+    """Numbers from 0.31 to 0.49 all round to 0.25. Moved by 0.06 three of ten round to 0.75."""
+    rising = torch.linspace(0.31, 0.49, 10)
+    z = torch.stack([rising, -rising, rising - 0.4], dim=-1)[None, None]
+    still = Feedback(torch.tensor([[2, 0, 1]]), torch.zeros(1, 3).half(), torch.zeros(1, 3))
+    none = torch.zeros((), dtype=torch.bool)
+
+    def mean_error(feedback: Feedback) -> Tensor:
+        targets = shape_errors(z, QUARTERS, feedback, is_outlier=none)
+        return (z - QUARTERS.decode(QUARTERS.encode(targets))).mean(dim=(0, 1, 2))
+
+    assert mean_error(still).tolist() == pytest.approx([0.15, -0.15, 0.0], abs=1e-6)
+    moved = still.shifted(torch.tensor([[0.06, -0.06, 0.0]]))
+    assert mean_error(moved).tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
+
+
+def test_every_part_moves_and_turns_with_it() -> None:
+    feedback = random_feedback(2, 5, seed=6)
+    elsewhere = feedback.to("meta")
+    assert {part.device.type for part in vars(elsewhere).values()} == {"meta"}
+    channels = torch.tensor([3, 0, 4, 2, 1])
+    turned = feedback.reordered(channels)
+    assert torch.equal(turned.shift, feedback.shift[:, channels])
+    # Places in the order are of the same channels as before, and gains go by places.
+    assert torch.equal(channels[turned.order], feedback.order)
+    assert torch.equal(turned.gains, feedback.gains)
+    other = feedback.shifted(turned.shift)
+    assert torch.equal(other.shift, turned.shift)
+    assert torch.equal(other.order, feedback.order)
+    assert torch.equal(other.gains, feedback.gains)
 
 
 @pytest.mark.parametrize("D", [1, 2, 16, 80])
@@ -140,7 +191,8 @@ def test_channels_in_another_order_give_the_same_numbers() -> None:
     H, D = 2, 12
     keys = torch.randn(H, 40, D, generator=torch.Generator().manual_seed(3)) / 3
     half_range = torch.rand(H, D, generator=torch.Generator().manual_seed(4)) + 0.5
-    feedback = Feedback.fit(moment(H, D), damping=0.03)
+    shift = torch.randn(H, D, generator=torch.Generator().manual_seed(6)) / 4
+    feedback = Feedback.fit(moment(H, D), damping=0.03).shifted(shift)
     parameters = KeyParameters(torch.zeros(H, D), half_range, QUARTERS, 0.01, feedback)
     order = torch.randperm(D, generator=torch.Generator().manual_seed(5))
     turned = replace(
@@ -179,7 +231,8 @@ def shaped_one_by_one(
     z: Tensor, codebook: Codebook, feedback: Feedback, *, is_outlier: Tensor | None
 ) -> Tensor:
     """As the module says it, number by number, each product and sum rounded to f32."""
-    targets = z.clone()
+    moved = z + feedback.shift[None, :, None]
+    targets = moved.clone()
     for page, head, token in torch.cartesian_prod(*(torch.arange(n) for n in z.shape[:3])).tolist():
         order = feedback.order[head].tolist()
         target = targets[page, head, token]
@@ -191,18 +244,20 @@ def shaped_one_by_one(
             )
             code = codebook.encode(target[channel])
             stored = target[channel] if outlier else codebook.decode(code)
-            error = z[page, head, token, channel] - stored
+            error = moved[page, head, token, channel] - stored
             for gain, later in zip(feedback.gain_row(i)[head], order[i + 1 :], strict=True):
                 target[later] = target[later] + gain * error
     return targets
 
 
-def random_feedback(H: int, D: int, *, seed: int, scale: float = 1.0) -> Feedback:
-    """Any order and gains, whether or not a moment gives them."""
+def random_feedback(
+    H: int, D: int, *, seed: int, scale: float = 1.0, shift: float = 0.2
+) -> Feedback:
+    """Any order, gains and shifts of these sizes, whether or not a moment gives them."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(D, generator=generator) for _ in range(H)])
     gains = torch.randn(H, D * (D - 1) // 2, generator=generator) * scale
-    return Feedback(order, gains.half())
+    return Feedback(order, gains.half(), torch.randn(H, D, generator=generator) * shift)
 
 
 @settings(max_examples=20, deadline=None)
@@ -211,9 +266,10 @@ def random_feedback(H: int, D: int, *, seed: int, scale: float = 1.0) -> Feedbac
     bits=st.sampled_from([2, 3, 4]),
     exactly=st.sampled_from(["none", "beyond", "given"]),
     scale=st.sampled_from([0.1, 1.0, 30.0]),
+    shift=st.sampled_from([0.0, 0.1, 3.0]),
 )
 def test_every_implementation_gives_these_bits(
-    seed: int, bits: int, exactly: str, scale: float
+    seed: int, bits: int, exactly: str, scale: float, shift: float
 ) -> None:
     P, H, T, D = 2, 2, 3, 5
     generator = torch.Generator().manual_seed(seed)
@@ -229,7 +285,7 @@ def test_every_implementation_gives_these_bits(
         "beyond": None,
         "given": torch.rand(z.shape, generator=generator) < 0.3,
     }[exactly]
-    feedback = random_feedback(H, D, seed=seed, scale=scale)
+    feedback = random_feedback(H, D, seed=seed, scale=scale, shift=shift)
     found = shape_errors(z, codebook, feedback, is_outlier=is_outlier)
     assert torch.equal(found, shaped_one_by_one(z, codebook, feedback, is_outlier=is_outlier))
 
@@ -298,7 +354,7 @@ def test_pages_hold_the_codes_of_the_targets(room: float, grain: str) -> None:
     grain=st.sampled_from(["token", "head"]),
     fraction=st.sampled_from([0.0, 0.1]),
 )
-def test_gains_of_zero_are_plain_rounding(
+def test_gains_and_shifts_of_zero_are_plain_rounding(
     seed: int, bits: int, tokens: int, grain: str, fraction: float
 ) -> None:
     H, D = 2, 8
@@ -310,7 +366,7 @@ def test_gains_of_zero_are_plain_rounding(
         outlier_fraction=fraction,
         outlier_capacity=fraction / 2,
     )
-    nothing = random_feedback(H, D, seed=seed, scale=0.0)
+    nothing = random_feedback(H, D, seed=seed, scale=0.0, shift=0.0)
     for shaped, plain in zip(encoded(x, config, nothing), encoded(x, config, None), strict=True):
         for name, tensor in vars(plain).items():
             assert torch.equal(getattr(shaped, name), tensor), name

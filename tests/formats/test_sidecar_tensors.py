@@ -27,12 +27,14 @@ from tiny_sidecars import make_sidecar
 H, D = 2, 16
 GAINS = D * (D - 1) // 2
 ORDER, GAIN = "layers.1.key.feedback_order", "layers.1.value.feedback_gains"
+SHIFT = "layers.1.value.feedback_shift"
 
 
 def random_feedback(seed: int) -> Feedback:
     generator = torch.Generator().manual_seed(seed)
     order = torch.stack([torch.randperm(D, generator=generator) for _ in range(H)])
-    return Feedback(order, torch.randn(H, GAINS, generator=generator).half())
+    gains = torch.randn(H, GAINS, generator=generator).half()
+    return Feedback(order, gains, torch.randn(H, D, generator=generator))
 
 
 def with_feedback(sidecar: Sidecar) -> Sidecar:
@@ -78,12 +80,14 @@ def test_feedback_round_trips_to_the_bit(tmp_path: Path) -> None:
             assert torch.equal(after.order, before.order)
             assert after.gains.dtype == torch.float16
             assert torch.equal(after.gains, before.gains)
+            assert after.shift.dtype == torch.float32
+            assert torch.equal(after.shift, before.shift)
     first, again = (tmp_path / "s", loaded.save(tmp_path / "again"))
     for path in first.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes()
 
 
-def test_in_the_file_it_is_two_tensors(tmp_path: Path) -> None:
+def test_in_the_file_it_is_three_tensors(tmp_path: Path) -> None:
     directory = with_feedback(make_sidecar()).save(tmp_path / "s")
     tensors = load_file(directory / "kvq.safetensors")
     names = {name for name in tensors if "feedback" in name}
@@ -91,10 +95,15 @@ def test_in_the_file_it_is_two_tensors(tmp_path: Path) -> None:
         f"layers.{layer}.{kind}.feedback_{part}"
         for layer in (0, 1)
         for kind in ("key", "value")
-        for part in ("order", "gains")
+        for part in ("order", "gains", "shift")
+    }
+    parts = {
+        "order": (torch.int16, D),
+        "gains": (torch.float16, GAINS),
+        "shift": (torch.float32, D),
     }
     for name in names:
-        dtype, columns = (torch.int16, D) if name.endswith("order") else (torch.float16, GAINS)
+        dtype, columns = parts[name.rpartition("_")[2]]
         assert tensors[name].dtype == dtype
         assert tensors[name].shape == (H, columns)
 
@@ -134,11 +143,21 @@ def put(name: str, make: Callable[[Tensor], Tensor]) -> Change:
     return lambda tensors: tensors.update({name: make(tensors[name])})
 
 
-def spoilt(number: float) -> Change:
+def spoilt(name: str, number: float) -> Change:
     def spoil(tensors: dict[str, Tensor]) -> None:
-        tensors[GAIN][1, 7] = number
+        tensors[name][1, 7] = number
 
     return spoil
+
+
+def without(kind: str, *parts: str) -> Change:
+    """Lacks these parts of the feedback of layer 1's keys or values."""
+
+    def take_away(tensors: dict[str, Tensor]) -> None:
+        for part in parts:
+            del tensors[f"layers.1.{kind}.feedback_{part}"]
+
+    return take_away
 
 
 @pytest.mark.parametrize(
@@ -149,8 +168,21 @@ def spoilt(number: float) -> Change:
         (twice, "key.feedback_order does not name every channel once"),
         (one_more, "key.feedback_order does not name every channel once"),
         (negative, "key.feedback_order does not name every channel once"),
-        (spoilt(torch.inf), "value.feedback_gains has an entry that is not finite"),
-        (spoilt(torch.nan), "value.feedback_gains has an entry that is not finite"),
+        (without("value", "order"), "layers.1.value.feedback_order is missing"),
+        (without("value", "order", "gains"), "layers.1.value.feedback_gains is missing"),
+        (without("value", "order", "shift"), "layers.1.value.feedback_order is missing"),
+        (spoilt(GAIN, torch.inf), "value.feedback_gains has an entry that is not finite"),
+        (spoilt(GAIN, torch.nan), "value.feedback_gains has an entry that is not finite"),
+        (spoilt(SHIFT, torch.inf), "value.feedback_shift has an entry that is not finite"),
+        (spoilt(SHIFT, torch.nan), "value.feedback_shift has an entry that is not finite"),
+        (
+            put(SHIFT, lambda shift: shift[:, :-1].contiguous()),
+            "feedback_shift is torch.float32 [2, 15], expected torch.float32 [2, 16]",
+        ),
+        (
+            put(SHIFT, lambda shift: shift.half()),
+            "feedback_shift is torch.float16 [2, 16], expected torch.float32 [2, 16]",
+        ),
         (
             put(ORDER, lambda order: order[:, :-1].contiguous()),
             "feedback_order is torch.int16 [2, 15], expected torch.int16 [2, 16]",
@@ -198,7 +230,26 @@ def test_a_gain_that_was_edited_is_found_by_the_hash(tmp_path: Path) -> None:
         Sidecar.load(file)
 
 
-# Files from before there were feedback and a margin
+# Files from before there were shifts, feedback and a margin
+
+
+def no_shifts(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith("feedback_shift")]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize("change", [no_shifts, without("value", "shift")])
+def test_an_older_sidecar_has_feedback_without_shifts(
+    saved_with: Callable[[Change], Path], change: Change
+) -> None:
+    loaded = Sidecar.load(saved_with(change)).layers[1].value.feedback
+    written = with_feedback(make_sidecar()).layers[1].value.feedback
+    assert loaded is not None
+    assert written is not None
+    assert torch.equal(loaded.order, written.order)
+    assert torch.equal(loaded.gains, written.gains)
+    assert loaded.shift.dtype == torch.float32
+    assert torch.equal(loaded.shift, torch.zeros(H, D))
 
 
 def without_the_words(directory: Path) -> Path:

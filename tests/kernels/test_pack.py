@@ -327,11 +327,12 @@ def test_another_width_than_the_codebook_has_is_refused() -> None:
 
 
 def some_feedback(H: int, D: int, *, seed: int = 11) -> Feedback:
-    """Feedback of heads whose channels hang together."""
+    """Feedback of heads whose channels hang together, with a shift of each."""
     generator = torch.Generator().manual_seed(seed)
     gradients = torch.randn(H, 4 * D, D, generator=generator, dtype=torch.float64)
     mixed = gradients @ torch.randn(H, D, D, generator=generator, dtype=torch.float64)
-    return Feedback.fit(mixed.mT @ mixed, damping=0.1)
+    shift = torch.randn(H, D, generator=generator) / 8
+    return Feedback.fit(mixed.mT @ mixed, damping=0.1).shifted(shift)
 
 
 @pytest.mark.parametrize(
