@@ -77,5 +77,7 @@ def test_each_layer_is_measured_where_it_lies(
     assert len(set(where)) == 3
     assert found._files() == expected._files()
     assert seen.devices(ChannelQuantiles) == [{device} for device in where]
-    # Of keys, then of values.
-    assert seen.devices(NormalisedPoints) == [{device} for device in where for _ in range(2)]
+    # Of keys, then of values. What is kept of tokens lies on the CPU, where codebooks are fitted.
+    fed = [{device} for device in where for _ in range(2)]
+    assert seen.devices(NormalisedPoints)[: len(fed)] == fed
+    assert all(kept == {torch.device("cpu")} for kept in seen.devices(NormalisedPoints)[len(fed) :])

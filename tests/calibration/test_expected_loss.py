@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from transformers import LlamaForCausalLM
 from kvq_calibration import expected_loss
 from kvq_calibration.allocation import WIDTHS
 from kvq_calibration.expected_loss import ByWidth, expected_losses
-from kvq_calibration.moments import GradientMoments
-from kvq_formats.config import KVQConfig
+from kvq_calibration.moments import GradientMoments, fit_feedback
+from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_formats.parameters import LayerParameters
 from kvq_formats.progress import SilentProgress
 from kvq_runtime.sidecar_codec import SidecarCodec
@@ -46,7 +47,7 @@ def fitted_layers(
             continue
         for index, layer in sidecar.layers.items():
             key, value = (
-                moments_of(gradient).feedback()
+                fit_feedback(moments_of(gradient))
                 for gradient in (found[index].key_gradient, found[index].value_gradient)
             )
             fitted[width][index] = LayerParameters(
@@ -55,10 +56,11 @@ def fitted_layers(
     return fitted
 
 
-def moments_of(gradients: Tensor) -> GradientMoments:
+def moments_of(gradients: Tensor) -> Tensor:
     moments = GradientMoments()
     moments.add(gradients.flatten(0, 1))
-    return moments
+    assert moments.total is not None
+    return moments.total
 
 
 def losses_by_hand(
@@ -109,6 +111,29 @@ def test_losses_are_those_of_every_token_and_head(
         # Gradients differ by some hundred f32 roundings.
         assert found[tensor] == pytest.approx(by_width, rel=1e-3)
         assert min(by_width.values()) > 0
+
+
+def test_far_losses_weigh_as_much_as_all_of_it(tiny_llama: LlamaForCausalLM) -> None:
+    """Once 3 bits everywhere are summed up; what each tensor adds to either is its own."""
+    windows = torch.randint(3, 300, (1, 600), generator=torch.Generator().manual_seed(6))
+    fitted = fitted_layers(tiny_llama, windows, feedback=False)
+    near = windows[:, : SINKS + PAGE_TOKENS]
+    assert losses_of(tiny_llama, near, fitted) == expected_near(tiny_llama, near, fitted)
+    whole = expected_near(tiny_llama, windows, fitted)
+    both = losses_of(tiny_llama, windows, fitted)
+    far = {t: {w: both[t][w] - whole[t][w] for w in WIDTHS} for t in whole}
+    at_three = [sum(losses[tensor][3] for tensor in whole) for losses in (whole, far)]
+    assert at_three[1] == pytest.approx(at_three[0], rel=1e-9)
+    shares = [whole[tensor][3] / far[tensor][3] for tensor in whole]
+    assert max(shares) > 1.05 * min(shares) > 0
+
+
+def expected_near(
+    model: LlamaForCausalLM, windows: Tensor, fitted: ByWidth
+) -> dict[tuple[int, str], dict[int, float]]:
+    """Without far gradients."""
+    with patch.object(expected_loss, "far_gradients", return_value=None):
+        return losses_of(model, windows, fitted)
 
 
 def test_bits_lower_what_is_expected(tiny_llama: LlamaForCausalLM, windows: Tensor) -> None:

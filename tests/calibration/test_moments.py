@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from kvq_calibration.moments import DAMPING, GradientMoments
+from kvq_calibration.moments import (
+    DAMPING,
+    FAR_SHARE,
+    GradientMoments,
+    at_normalised,
+    fit_feedback,
+    target_weights,
+)
 from kvq_calibration.pipeline import calibrate
 from kvq_formats.config import KVQConfig
 from kvq_formats.feedback import Feedback
@@ -78,6 +85,12 @@ def test_they_tell_the_loss_of_any_error(seed: int, tokens: int, D: int) -> None
     assert ((found - expected).abs() <= 2.0**-20 * size).all()
 
 
+def feedback_of(gradients: Tensor, half_range: Tensor | None = None) -> Feedback:
+    total = moments_of(gradients).total
+    assert total is not None
+    return fit_feedback(total if half_range is None else at_normalised(total, half_range))
+
+
 @pytest.mark.parametrize("with_range", [False, True])
 def test_feedback_is_between_normalised_numbers(with_range: bool) -> None:
     """Of ``x = half_range * z`` the gradient at z is ``half_range`` times that at x."""
@@ -85,7 +98,7 @@ def test_feedback_is_between_normalised_numbers(with_range: bool) -> None:
     half_range = torch.rand(2, 16, generator=torch.Generator().manual_seed(1)) * 8 + 0.1
     at_z = gradients * half_range if with_range else gradients
     expected = Feedback.fit(outer_products(at_z), damping=DAMPING)
-    found = moments_of(gradients).feedback(half_range if with_range else None)
+    found = feedback_of(gradients, half_range if with_range else None)
     assert torch.equal(found.order, expected.order)
     # The last bit of an f16 and the rounding of f32 sums.
     assert (found.gains.float() - expected.gains.float()).abs().max() <= 2e-3
@@ -94,9 +107,52 @@ def test_feedback_is_between_normalised_numbers(with_range: bool) -> None:
 
 def test_a_factor_that_all_numbers_share_makes_no_difference() -> None:
     gradients = random_gradients(100, 2, 8)
-    alone, scaled = moments_of(gradients).feedback(), moments_of(64 * gradients).feedback()
+    alone, scaled = feedback_of(gradients), feedback_of(64 * gradients)
     assert torch.equal(alone.order, scaled.order)
     assert torch.equal(alone.gains, scaled.gains)
+
+
+def test_far_gradients_weigh_a_share_whatever_their_size() -> None:
+    gradients, far = random_gradients(50, 2, 4), random_gradients(9, 2, 4, seed=1)
+    total, rare = outer_products(gradients), outer_products(far)
+    as_large = rare * (total.diagonal(dim1=1, dim2=2).sum() / rare.diagonal(dim1=1, dim2=2).sum())
+    expected = total + FAR_SHARE * as_large
+    for size in (1.0, 2.0**-20):
+        found = moments_of(gradients).with_far(moments_of(size * far))
+        assert (found - expected).abs().max() <= 50 * 2.0**-23 * expected.abs().max()
+
+
+@pytest.mark.parametrize("far", [None, torch.zeros(3, 2, 4)])
+def test_without_far_gradients_moments_are_as_they_are(far: Tensor | None) -> None:
+    gradients = moments_of(random_gradients(50, 2, 4))
+    found = gradients.with_far(GradientMoments() if far is None else moments_of(far))
+    assert gradients.total is not None
+    assert torch.equal(found, gradients.total)
+
+
+def test_targets_weigh_what_the_moment_says_of_their_errors() -> None:
+    """``e^T M e`` of errors that lead from any targets is the sum of ``S (target - decoded)^2``."""
+    total = moments_of(random_gradients(300, 2, 6)).total
+    assert total is not None
+    feedback = fit_feedback(total)
+    weights = target_weights(total, feedback)
+    damped = total + torch.diag_embed(
+        DAMPING * total.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(2, 6)
+    )
+    misses = torch.randn(2, 6, generator=torch.Generator().manual_seed(3)).double()
+    expected = torch.einsum("hd,hd->h", weights, misses.square())
+    for head in range(2):
+        # error_i = miss_i - what came before it gives: the target is x + sum of error * gain.
+        gains = torch.zeros(6, 6, dtype=torch.float64)
+        row, column = torch.triu_indices(6, 6, offset=1)
+        gains[row, column] = feedback.gains[head].double()
+        error = torch.zeros(6, dtype=torch.float64)
+        for i, channel in enumerate(feedback.order[head].tolist()):
+            error[i] = misses[head, channel] - error[:i] @ gains[:i, i]
+        by_channel = torch.zeros_like(error).scatter(0, feedback.order[head], error)
+        loss = by_channel @ damped[head] @ by_channel
+        # Gains are f16.
+        assert abs(loss - expected[head]) <= 2.0**-8 * expected[head]
 
 
 def sidecar_of(model: LlamaForCausalLM, windows: Tensor, config: KVQConfig) -> Sidecar:

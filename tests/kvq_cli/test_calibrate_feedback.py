@@ -29,7 +29,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "kvq.safetensors")
 
 
-def test_no_feedback_takes_the_feedback_away_and_nothing_else(
+def test_no_feedback_takes_the_feedback_away(
     kvq: Kvq, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     given = ("calibrate", tiny_model_dir, "--bits", 2, "--dataset", text_file, *SMALL, "--json")
@@ -44,8 +44,12 @@ def test_no_feedback_takes_the_feedback_away_and_nothing_else(
         assert kvq("inspect", name, "--json").json["config"]["feedback"] is feedback
     whole, plain = tensors_of(tmp_path / "default"), tensors_of(tmp_path / "without")
     assert set(whole) - set(plain) == FEEDBACK
+    # Ranges are those of the keys, codebooks those of what is rounded.
     for name, tensor in plain.items():
-        assert torch.equal(whole[name], tensor)
+        if name.endswith(("center", "half_range")):
+            assert torch.equal(whole[name], tensor)
+        elif name.endswith("codebook"):
+            assert not torch.equal(whole[name], tensor)
     assert all(torch.equal(t, whole[n]) for n, t in tensors_of(tmp_path / "with").items())
     for name in FEEDBACK:
         assert not name.endswith("gains") or whole[name].abs().max() > 0
