@@ -2,9 +2,10 @@
 
     python benchmarks/accuracy_choices.py
 
-The three models of ``accuracy.py``, the evaluation rule, 2 and 3 bits. Rows go to
-``benchmarks/results/accuracy-choices.csv``, differences paired over windows with the same width as
-it is by default; ``docs/accuracy.md`` shows them. ``--here --model NAME`` measures one model.
+The three models of ``accuracy.py``, both paths, 2 and 3 bits. Rows go to
+``benchmarks/results/accuracy-choices-NAME.csv``, differences paired over windows with the same
+width as it is by default; ``docs/accuracy.md`` shows them. ``--here --model NAME`` measures one
+model.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,16 +39,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "no error feedback": {"feedback": False},
     "no margin": {"range_margin": 1.0},
-    "margin 1.1": {"range_margin": 1.1},
     "no Q-Norm": {"qnorm": False},
     "no sensitivity, no feedback": {"sensitivity": "none", "feedback": False},
     "a value scale a head": {"value_grain": "head"},
     "no outliers": {"outlier_fraction": 0.0},
-    "0.5 % outliers": {"outlier_fraction": 0.005, "outlier_capacity": 0.005},
     "2 % outliers": {"outlier_fraction": 0.02, "outlier_capacity": 0.02},
     "2 % of values, room for 1 % of keys": {"outlier_fraction": 0.02},
     "value room 1.5": {"value_capacity_factor": 1.5},
-    "4 sinks": {"sink_tokens": 4},
     "16 sinks": {"sink_tokens": 16},
     "32 recent tokens": {"recent_tokens": 32},
     "128 recent tokens": {"recent_tokens": 128},
@@ -56,9 +55,18 @@ CHANGES: dict[str, dict[str, Any]] = {
 MIXED = {"2-bit keys, 3-bit values": (2, 3), "3-bit keys, 2-bit values": (3, 2)}
 ROTATED, SEQUENTIAL = "Hadamard on values", "later layers see earlier ones quantized"
 
+PATCHED = {
+    "feedback by all gradients alike": ("kvq_calibration.moments.FAR_SHARE", 0.0),
+    "codebooks of numbers, no shift": ("kvq_calibration.refit.ROUNDS", 0),
+}
+"""Change -> a constant of the calibration, and what it is set to."""
+
+PATHS = ("prefill", "decode")
+
 
 def measure(name: str) -> list[dict[str, Any]]:
     """Rows of one model."""
+    from accuracy_one_forward import OneForward
     from results_csv import PlainProgress, provenance
     from shared_measurement import calibrate_all
 
@@ -82,6 +90,9 @@ def measure(name: str) -> list[dict[str, Any]]:
         sidecars = calibrate(configs)
         with _sequential(sidecars[f"{DEFAULT} @ 2"]):
             sidecars |= {f"{SEQUENTIAL} {k}": made for k, made in calibrate(plain).items()}
+        for change, (constant, value) in PATCHED.items():
+            with patch(constant, value):
+                sidecars |= {f"{change} {k}": made for k, made in calibrate(plain).items()}
         windows = token_windows(
             loaded.tokenizer,
             load_text("builtin:dev", purpose="eval"),
@@ -89,26 +100,26 @@ def measure(name: str) -> list[dict[str, Any]]:
             seq_len=SEQ_LEN,
         )
         evaluate = partial(
-            evaluate_caches, loaded.model, windows.input_ids, dataset=windows.name,
-            windows_available=windows.windows_total, progress=progress,
+            evaluate_caches, loaded.model, windows.input_ids, {}, dataset=windows.name,
+            windows_available=windows.windows_total, path=PATHS, progress=progress,
         )  # fmt: skip
-        rows = evaluate(sidecars=sidecars)[1:]
+        rows = evaluate({name: OneForward(made) for name, made in sidecars.items()})[1:]
         with _rotated_values(loaded.model):
             rotated = {f"{ROTATED} {k}": made for k, made in calibrate(plain).items()}
-            rows += evaluate(sidecars=rotated)[1:]
+            rows += evaluate({name: OneForward(made) for name, made in rotated.items()})[1:]
         origin = provenance(loaded.model, name=name, seq_len=SEQ_LEN)
     found = []
-    by_name = {row.name: row for row in rows}
+    by_name = {(row.name, row.path): row for row in rows}
     for row in rows:
         change, _, bits = row.name.partition(" @ ")
-        default = by_name.get(f"{DEFAULT} @ {bits}")
+        default = by_name.get((f"{DEFAULT} @ {bits}", row.path))
         gap = None
         if default is not None and default is not row:
             gap = paired_difference(row.metrics, default.metrics)
         found.append(
             {
                 **origin, "dataset": row.dataset, "windows": row.windows, "change": change,
-                "bits": bits, "effective_bits": row.effective_bits, "kl": row.kl,
+                "bits": bits, "path": row.path, "effective_bits": row.effective_bits, "kl": row.kl,
                 "kl_stderr": row.kl_stderr, "difference": gap and gap.mean,
                 "difference_stderr": gap and gap.stderr, "agreement": row.agreement,
             }
@@ -137,6 +148,7 @@ def _sequential(sidecar: Sidecar) -> Iterator[None]:
     from torch import Tensor
 
     from kvq_calibration.capture import KeyValueTap
+    from kvq_calibration.far_gradients import FarGradientTap
     from kvq_runtime.rope import AttentionCall
     from kvq_runtime.rotary_channels import key_before_rope
     from kvq_runtime.sidecar_codec import SidecarCodec
@@ -145,20 +157,29 @@ def _sequential(sidecar: Sidecar) -> Iterator[None]:
     sinks = codec.sink_tokens
 
     def decoded(decode: Any, layer_idx: int, x: Tensor) -> Tensor:
+        rows = [decode(layer_idx, row[:, sinks:].float()) for row in x]
+        return torch.cat([x[:, :, :sinks], torch.stack(rows).to(x.dtype)], dim=2)
+
+    def quantized(call: AttentionCall) -> AttentionCall:
+        before, at = key_before_rope(call), call.layer_idx
         with torch.no_grad():
-            rows = [decode(layer_idx, row[:, sinks:].float()) for row in x]
-            error = torch.stack(rows).to(x.dtype) - x[:, :, sinks:]
-        return torch.cat([x[:, :, :sinks], x[:, :, sinks:] + error], dim=2)
+            key_error = before.rotated(decoded(codec.decoded_keys, at, before.key)) - call.key
+            value_error = decoded(codec.decoded_values, at, call.value) - call.value
+        attend = call.attend
+        return replace(call, attend=lambda q, k, v: attend(q, k + key_error, v + value_error))
 
     class Tap(KeyValueTap):
         def on_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-            super().on_attention(call)
-            before = key_before_rope(call)
-            key = before.rotated(decoded(codec.decoded_keys, call.layer_idx, before.key))
-            value = decoded(codec.decoded_values, call.layer_idx, call.value)
-            return call.attend(call.query, key, value)
+            return super().on_attention(quantized(call))
 
-    with patch("kvq_calibration.pipeline.KeyValueTap", Tap):
+    class FarTap(FarGradientTap):
+        def on_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+            return super().on_attention(quantized(call))
+
+    with (
+        patch("kvq_calibration.pipeline.KeyValueTap", Tap),
+        patch("kvq_calibration.pipeline.FarGradientTap", FarTap),
+    ):
         yield
 
 

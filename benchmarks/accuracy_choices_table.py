@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from accuracy_choices import DEFAULT
+from accuracy_choices import DEFAULT, PATHS
 from accuracy_models import TITLES
 from accuracy_points import Row, read_rows
 
@@ -13,23 +13,23 @@ from accuracy_points import Row, read_rows
 def choices_table(results: Path) -> Iterator[str]:
     """A line for each change and width: bits, and KL by model, over the default's where it has one.
 
-    A ratio within two paired standard errors of 1 is in brackets.
+    KL is that of both paths, prefill before decode. A ratio within two paired standard errors of 1
+    is in brackets.
     """
     rows = {
         name: {
-            (row["change"], row["bits"]): row
+            (row["change"], row["bits"], row["path"]): row
             for row in read_rows(results / f"accuracy-choices-{name}.csv")
         }
         for name in TITLES
     }
     yield f"| change | width | {' | '.join(f'bits | `{name}`' for name in TITLES)} |"
     yield f"|---|---|{'---|---|' * len(TITLES)}"
-    for change, width in next(iter(rows.values())):
+    for change, width in dict.fromkeys(key[:2] for key in next(iter(rows.values()))):
         cells = []
         for found in rows.values():
-            row = found[change, width]
-            default = found.get((DEFAULT, width))
-            cells += [_bits(row, default), _kl(row, default)]
+            pairs = [(found[change, width, p], found.get((DEFAULT, width, p))) for p in PATHS]
+            cells += [_bits(*pairs[0]), " / ".join(_kl(*pair) for pair in pairs)]
         yield f"| {change} | {width} | {' | '.join(cells)} |"
 
 
@@ -44,7 +44,7 @@ def _bits(row: Row, default: Row | None) -> str:
 def _kl(row: Row, default: Row | None) -> str:
     kl = float(row["kl"])
     if default is None or row is default:
-        return f"{kl:.5f}"
-    ratio = f"{kl / float(default['kl']):.2f} times"
+        return f"{kl:.2g}"
+    ratio = f"{kl / float(default['kl']):.2f}"
     certain = abs(float(row["difference"])) > 2 * float(row["difference_stderr"])
     return ratio if certain else f"({ratio})"
