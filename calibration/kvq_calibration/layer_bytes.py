@@ -128,7 +128,7 @@ class LayerShape:
         )
         return tokens * (s * (h + 4 * self.head_dim) + POSITIONS + max(moments))
 
-    def backward_bytes(self, s: int, *, tokens: int, seq_len: int, eager: bool) -> int:
+    def backward_bytes(self, s: int, *, tokens: int, seq_len: int, eager: bool, far: bool) -> int:
         """The worst moment of recomputing a layer and taking its gradients.
 
         Kept all the while: cosines and sines; the input of each norm in fp32; two residuals, and of
@@ -138,6 +138,13 @@ class LayerShape:
         gathered and put out; or the gradients of these, on their way back into order; with biases
         what they gather, clamp and multiply, too, seven widths); a norm's gradient, five numbers in
         fp32; attention (gradients of all that it keeps).
+
+        With ``far`` gradients (``far_gradients``) query and key before RoPE are kept, too, and
+        there is one more moment. Attention runs once more while gradients of its output and of the
+        residual are there: its rotated key and output, twice, and where scores are written down
+        what was kept of them. Then what was found at key and value, two pages' masked gradients,
+        the last page's and this one's gradients at key and value, and those of attention on the way
+        there, in query, key and value as wide as queries, and in scores.
         """
         h, i, k = self.hidden, self.feed_forward, self.experts
         scores = self.query_heads * seq_len if eager else 0
@@ -145,13 +152,16 @@ class LayerShape:
         both = 4 + (s if s < 4 else 0)
         in_fp32 = 4 * self.norms if s < 4 else 0
         kept = s * (2 * h + 2 * self.query + 2 * self.channels + 4 * self.head_dim) + in_fp32
-        kept += scores * (both + (s if self.softcap else 0))
+        saved = scores * (both + (s if self.softcap else 0))
+        kept += saved + (s * (self.query + self.channels) if far else 0)
+        once_more = s * (h + 8 * self.query + 8 * self.channels + 2 * self.cut) + saved
         indices = 64 * k
         moments = (
             s * (6 * i + 3 * self.bias + 2 * k * h) + indices,
             s * (3 * i + 7 * self.bias + (copies * k + 6) * h) + indices if k else 0,
             5 * 4 * h,
             s * 2 * (self.query + self.channels) + scores * (4 + s),
+            once_more + scores * 8 if far else 0,
         )
         return tokens * (kept + max(moments))
 

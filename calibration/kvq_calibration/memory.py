@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from kvq_calibration.bins import CHUNK, NUM_BINS
+from kvq_calibration.far_gradients import has_far_queries
 from kvq_calibration.layer_bytes import POSITIONS, LayerShape, scores_are_written
+from kvq_calibration.refit import CODEBOOK_TOKENS, MEAN_TOKENS
 from kvq_calibration.residuals import BINS
 from kvq_calibration.thresholds import ChannelQuantiles
 from kvq_calibration.token_loss import rows_a_chunk
-from kvq_formats.config import KVQConfig
+from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_runtime.available_memory import available_bytes
 from kvq_runtime.models import target_device
 from kvq_runtime.supported_models import quantized_layers, text_config
@@ -75,6 +77,7 @@ class CalibrationMemory:
     quantiles: int
     sorting: int
     histograms: int
+    fitting: int
     available: int
     num_layers: int
 
@@ -101,9 +104,14 @@ class CalibrationMemory:
         return held + max(back, *ends)
 
     @property
+    def third_pass(self) -> int:
+        """Histograms, and the fitting of one layer; the text is not looked at any more."""
+        return self.histograms + self.fitting
+
+    @property
     def activations(self) -> int:
-        """All but weights, at the worst moment of both passes."""
-        return max(self.first_pass, self.second_pass)
+        """All but weights, at the worst moment of all passes."""
+        return max(self.first_pass, self.second_pass, self.third_pass)
 
     @property
     def total(self) -> int:
@@ -120,7 +128,8 @@ class CalibrationMemory:
         names = (
             "weights", "keys", "keys_and_values", "gradients", "checkpoints", "forward",
             "recomputation", "logits", "measuring", "quantiles", "sorting", "histograms",
-            "first_pass", "second_pass", "activations", "total", "available",
+            "fitting", "first_pass", "second_pass", "third_pass", "activations", "total",
+            "available",
         )  # fmt: skip
         return {
             "seq_len": self.seq_len,
@@ -208,6 +217,7 @@ def count_activations(
     windows = min(batch_size, num_samples)
     N, h, C, V = windows * seq_len, shape.hidden, shape.channels, int(given["vocab_size"])
     fisher = config.sensitivity == "fisher"
+    far = fisher and has_far_queries(seq_len, sink_tokens=config.sink_tokens)
     implementation = attn_implementation or model.config._attn_implementation
     eager = scores_are_written(implementation)
     # What is masked beyond causality has a mask: in the model's type for scores, else of bools.
@@ -222,18 +232,30 @@ def count_activations(
     chunk = 4 * 4 * min(N, rows_a_chunk(V)) * V
     logits = N * (s * V * (3 if softcap else 2) + (2 * s + 4) * h + 2 * POSITIONS) + chunk
     moments = 8 * C * shape.head_dim if fisher else 0
+    in_sample = {most: _sampled(total, most) for most in (CODEBOOK_TOKENS, MEAN_TOKENS)}
+    samples = (s * C + 4 * C // shape.head_dim) * sum(in_sample.values()) if fisher else 0
+    in_all = in_sample[MEAN_TOKENS]
+    paged = -(-in_all // PAGE_TOKENS) * PAGE_TOKENS
+    copies = C * (12 * in_all + 17 * _sampled(in_all, CODEBOOK_TOKENS) + 42 * paged)
+    measured = 72 if far else 64 if fisher else 40
     only_keys = C if shape.kept == 2 * C else shape.kept
     return {
         "num_layers": layers,
         "keys": layers * N * s * (only_keys + shape.cut) + 4 * N * C,
         "keys_and_values": layers * N * s * (shape.kept + shape.cut),
-        "gradients": layers * N * s * (2 * C + shape.cut) if fisher else 0,
+        "gradients": layers * N * s * ((4 if far else 2) * C + shape.cut) if fisher else 0,
         "checkpoints": N * s * h * (every + 2) if fisher else 0,
         "forward": mask + shape.forward_bytes(s, **moment),
-        "recomputation": mask + shape.backward_bytes(s, **moment) if fisher else 0,
+        "recomputation": mask + shape.backward_bytes(s, **moment, far=far) if fisher else 0,
         "logits": logits if fisher else 0,
-        "measuring": N * C * (64 if fisher else 40) + 4 * 8 * min(N * C, CHUNK) + 2 * moments,
+        "measuring": N * C * measured + 4 * 8 * min(N * C, CHUNK) + 2 * moments,
         "quantiles": layers * 2 * 4 * C * held,
         "sorting": N * C * (s + 10) + 4 * C * (held + -(-N // tails.stride)) + 12 * C * held,
-        "histograms": layers * 2 * (HISTOGRAM + moments),
+        "histograms": layers * (2 * HISTOGRAM + (4 if far else 2) * moments + samples),
+        "fitting": copies + 4 * moments if config.feedback else 0,
     }
+
+
+def _sampled(tokens: int, at_most: int) -> int:
+    """Tokens that a ``TokenSample`` keeps of so many."""
+    return -(-tokens // -(-tokens // at_most))
