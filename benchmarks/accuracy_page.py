@@ -81,11 +81,12 @@ def _bar_row(bar: Bar, model: str, path: str, verdicts: Sequence[Verdict]) -> st
     head = f"| {bar.name}: ≤ {bar.factor:g} times | {model} | {path}"
     if not verdicts:
         return f"{head} | nothing to compare | | |"
-    met = sum(verdict.met for verdict in verdicts)
+    met = [verdict.ours.name for verdict in verdicts if verdict.met]
     ratios = [f"{verdict.ratio:.2f}" for verdict in (verdicts[0], verdicts[-1])]
     span = " to ".join(dict.fromkeys(ratios))
     names = ", ".join(dict.fromkeys(verdict.rival for verdict in verdicts))
-    return f"{head} | {span} | {names} | {met} of {len(verdicts)} |"
+    count = f"{len(met)} of {len(verdicts)}"
+    return f"{head} | {span} | {names} | {': '.join([count, ', '.join(met)] if met else [count])} |"
 
 
 def _line_row(model: str, path: str, uniform: Sequence[Point], averages: Sequence[Point]) -> str:
@@ -93,9 +94,10 @@ def _line_row(model: str, path: str, uniform: Sequence[Point], averages: Sequenc
     one = next(point for point in averages if point.name.endswith(" 2.75"))
     below = below_the_line(two, one, three)
     met = "met" if below >= BELOW_THE_LINE else "missed"
+    where = f"{abs(below):.0%} {'below' if below >= 0 else 'above'}"
     return (
         f"| `--average-bits 2.75` under the line from 2 to 3 bits: ≥ {BELOW_THE_LINE:.0%} "
-        f"| {model} | {path} | {below:.0%} below | {two.name} and {three.name} | {met} |"
+        f"| {model} | {path} | {where} | {two.name} and {three.name} | {met} |"
     )
 
 
