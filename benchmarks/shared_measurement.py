@@ -16,15 +16,17 @@ from transformers import PreTrainedModel
 from kvq_calibration.allocation import Losses, allocate
 from kvq_calibration.capture import evaluation_mode
 from kvq_calibration.expected_loss import expected_losses
-from kvq_calibration.pipeline import (
-    LayerPoints,
+from kvq_calibration.layer_fit import (
     Thresholds,
-    find_thresholds,
     fit_every_width,
     fit_layer,
-    measure_points,
+    layer_statistics,
+    of_widths,
 )
+from kvq_calibration.layer_points import LayerPoints
+from kvq_calibration.pipeline import find_thresholds, measure_points
 from kvq_formats.config import KVQConfig
+from kvq_formats.parameters import LayerParameters
 from kvq_formats.progress import Progress
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar
@@ -32,7 +34,8 @@ from kvq_runtime.models import quantized_layers
 from kvq_runtime.rotary_channels import RotaryChannels
 
 Key = tuple[str, float, float, int, str, bool]
-_Measured = tuple[dict[int, LayerPoints], Thresholds, dict[int, RotaryChannels], Losses]
+_Widths = dict[int, dict[int, LayerParameters]]
+_Measured = tuple[dict[int, LayerPoints], Thresholds, dict[int, RotaryChannels], Losses, _Widths]
 
 
 def calibrate_all(
@@ -63,16 +66,18 @@ def calibrate_all(
     head_dim = base_model.fingerprint.head_dim
     sidecars: dict[str, Sidecar] = {}
     for name, config in configs.items():
+        points, thresholds, channels, losses, widths = of(config)
         if name in averages:
-            config = config.with_layer_bits(allocate(of(config)[3], averages[name]))
-        points, thresholds, channels, _ = of(config)
-        fitted = {i: fit_layer(points[i], thresholds[i], config.for_layer(i)) for i in points}
+            config = config.with_layer_bits(allocate(losses, averages[name]))
+            fitted = of_widths(widths, config.layer_bits)
+        else:
+            fitted = {i: fit_layer(points[i], thresholds[i], config.for_layer(i)) for i in points}
         sidecars[name] = Sidecar(
             config=config,
             base_model=base_model,
             calibration=calibration,
-            layers={i: parameters for i, (parameters, _) in fitted.items()},
-            statistics={i: statistics for i, (_, statistics) in fitted.items()},
+            layers=fitted,
+            statistics={i: layer_statistics(points[i], fitted[i]) for i in fitted},
             rotary_channels={i: s for i, s in channels.items() if s != (0, head_dim)},
         )
     return sidecars
@@ -87,11 +92,12 @@ def _measure(
     )
     points = measure_points(model, windows, config, thresholds, batch_size=1, progress=progress)
     losses: Losses = {}
+    fitted: _Widths = {}
     if widths and config.feedback:
         fitted = fit_every_width(points, thresholds, config, progress=progress)
         with evaluation_mode(model):
             losses = expected_losses(model, windows, config, fitted, progress=progress)
-    return points, thresholds, channels, losses
+    return points, thresholds, channels, losses, fitted
 
 
 def _key(config: KVQConfig) -> Key:

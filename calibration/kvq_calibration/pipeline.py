@@ -10,13 +10,12 @@ neither with tokens nor with layers times tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvq_calibration.allocation import WIDTHS, allocate, check_average
+from kvq_calibration.allocation import allocate, check_average
 from kvq_calibration.capture import (
     KeyValueTap,
     evaluation_mode,
@@ -26,11 +25,15 @@ from kvq_calibration.capture import (
 )
 from kvq_calibration.expected_loss import expected_losses
 from kvq_calibration.far_gradients import FarGradientTap
-from kvq_calibration.moments import GradientMoments, at_normalised, fit_feedback
+from kvq_calibration.layer_fit import (
+    Thresholds,
+    fit_every_width,
+    fit_layer,
+    layer_statistics,
+    of_widths,
+)
+from kvq_calibration.layer_points import LayerPoints
 from kvq_calibration.packed_weights import weights_as_loaded
-from kvq_calibration.points import NormalisedPoints
-from kvq_calibration.refit import CODEBOOK_TOKENS, MEAN_TOKENS, refit_keys, refit_values
-from kvq_calibration.residuals import fit_outlier_step
 from kvq_calibration.sensitivity import (
     LossScale,
     activation_gradients,
@@ -39,47 +42,17 @@ from kvq_calibration.sensitivity import (
     layer_gradients,
 )
 from kvq_calibration.thresholds import ChannelQuantiles, center_and_half_range
-from kvq_calibration.token_sample import TokenSample
 from kvq_formats import outliers
 from kvq_formats.config import KVQConfig
 from kvq_formats.errors import CalibrationError, DataError
 from kvq_formats.pages import value_thresholds
-from kvq_formats.parameters import (
-    KeyParameters,
-    LayerParameters,
-    LayerStatistics,
-    ValueParameters,
-)
+from kvq_formats.parameters import LayerParameters
 from kvq_formats.progress import Progress, SilentProgress
 from kvq_formats.records import BaseModelRecord, CalibrationRecord
 from kvq_formats.sidecar import Sidecar
 from kvq_runtime.models import quantized_layers
 from kvq_runtime.rope import tap_attention
 from kvq_runtime.rotary_channels import RotaryChannels
-
-Thresholds = dict[int, tuple[Tensor, Tensor]]
-"""Layer index -> (center, half_range), f32 ``[H, D]``."""
-
-
-@dataclass
-class LayerPoints:
-    """What is kept of one layer's keys and values between batches.
-
-    Fields:
-        key_sample, value_sample: some tokens as they are; empty without sensitivity.
-        key, value: histograms in normalised units.
-        key_moments, value_moments: of the gradients; empty without sensitivity.
-        far_key_moments, far_value_moments: of those through queries of later pages.
-    """
-
-    key_sample: TokenSample
-    value_sample: TokenSample
-    key: NormalisedPoints = field(default_factory=NormalisedPoints)
-    value: NormalisedPoints = field(default_factory=NormalisedPoints)
-    key_moments: GradientMoments = field(default_factory=GradientMoments)
-    value_moments: GradientMoments = field(default_factory=GradientMoments)
-    far_key_moments: GradientMoments = field(default_factory=GradientMoments)
-    far_value_moments: GradientMoments = field(default_factory=GradientMoments)
 
 
 def find_thresholds(
@@ -163,13 +136,7 @@ def measure_points(
 ) -> dict[int, LayerPoints]:
     """Second pass: histograms of normalised keys and values by layer, weighted by sensitivity."""
     total = windows.shape[0] * (windows.shape[1] - config.sink_tokens)
-
-    def sample(at_most: int) -> TokenSample:
-        return TokenSample.of(total, at_most=at_most, dtype=model.dtype)
-
-    points = {
-        layer: LayerPoints(sample(CODEBOOK_TOKENS), sample(MEAN_TOKENS)) for layer in thresholds
-    }
+    points = {layer: LayerPoints.of(total, model.dtype) for layer in thresholds}
     tap = FarGradientTap(
         layers=tuple(thresholds),
         recomputed=model.supports_gradient_checkpointing,
@@ -215,63 +182,19 @@ def measure_points(
     return points
 
 
-def fit_layer(
-    points: LayerPoints,
-    thresholds: tuple[Tensor, Tensor],
-    config: KVQConfig,
-) -> tuple[LayerParameters, LayerStatistics]:
-    """Codebooks, Q-Norm, outlier steps and feedback of one layer from what was kept of it."""
-    center, half_range = (t.cpu() for t in thresholds)
-    key, value = points.key, points.value
-    with_feedback = config.feedback and config.sensitivity == "fisher"
-    key_codebook = key.fit(config.key_bits, config)
-    value_codebook = value.fit(config.value_bits, config)
-    key_index_bits = outliers.channel_bits(center.shape[-1])
-    keys = KeyParameters(
-        center=center,
-        half_range=half_range,
-        codebook=key_codebook,
-        outlier_step=fit_outlier_step(key.outliers, key_codebook, index_bits=key_index_bits),
-    )
-    values = ValueParameters(
-        codebook=value_codebook,
-        outlier_step=fit_outlier_step(
-            value.outliers, value_codebook, index_bits=outliers.TOKEN_BITS
-        ),
-    )
-    if with_feedback:
-        moment = at_normalised(points.key_moments.with_far(points.far_key_moments), half_range)
-        keys = replace(keys, feedback=fit_feedback(moment))
-        keys = refit_keys(keys, points.key_sample, moment, config)
-        moment = points.value_moments.with_far(points.far_value_moments)
-        values = replace(values, feedback=fit_feedback(moment))
-        values = refit_values(values, points.value_sample, moment, config)
-    statistics = LayerStatistics(
-        key_error=key.relative_error(keys.codebook),
-        value_error=value.relative_error(values.codebook),
-        key_outlier_share=key.outlier_share,
-        value_outlier_share=value.outlier_share,
-    )
-    return LayerParameters(keys, values), statistics
-
-
-def fit_every_width(
+def _fit_layers(
     points: Mapping[int, LayerPoints],
     thresholds: Thresholds,
     config: KVQConfig,
     *,
     progress: Progress,
-) -> dict[int, dict[int, LayerParameters]]:
-    """Parameters of every layer with keys and values of 2, 3 and 4 bits: width -> layer_idx."""
-    fitted: dict[int, dict[int, LayerParameters]] = {}
-    with progress.stage("codebooks of all widths", len(WIDTHS)) as advance:
-        for width in WIDTHS:
-            uniform = config.with_widths(width)
-            fitted[width] = {
-                layer: fit_layer(points[layer], thresholds[layer], uniform)[0] for layer in points
-            }
+) -> dict[int, LayerParameters]:
+    parameters = {}
+    with progress.stage("codebooks", len(points)) as advance:
+        for layer, kept in points.items():
+            parameters[layer] = fit_layer(kept, thresholds[layer], config.for_layer(layer))
             advance()
-    return fitted
+    return parameters
 
 
 def calibrate(
@@ -325,24 +248,20 @@ def calibrate(
                 fitted = fit_every_width(points, thresholds, config, progress=progress)
                 losses = expected_losses(model, windows, config, fitted, progress=progress)
                 config = config.with_layer_bits(allocate(losses, average_bits))
+                parameters = of_widths(fitted, config.layer_bits)
+            else:
+                parameters = _fit_layers(points, thresholds, config, progress=progress)
     except torch.OutOfMemoryError as error:
         raise CalibrationError(
             f"out of GPU memory while measuring {windows.shape[1]} tokens at a time: {error}",
             hint="--batch-size 1, --seq-len 1024, or --sensitivity none",
         ) from error
     head_dim = base_model.fingerprint.head_dim
-    parameters, statistics = {}, {}
-    with progress.stage("codebooks", len(layers)) as advance:
-        for layer in layers:
-            parameters[layer], statistics[layer] = fit_layer(
-                points.pop(layer), thresholds[layer], config.for_layer(layer)
-            )
-            advance()
     return Sidecar(
         config=config,
         base_model=base_model,
         calibration=calibration,
         layers=parameters,
-        statistics=statistics,
+        statistics={layer: layer_statistics(points[layer], parameters[layer]) for layer in layers},
         rotary_channels={layer: span for layer, span in channels.items() if span != (0, head_dim)},
     )
