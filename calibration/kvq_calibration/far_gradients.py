@@ -54,7 +54,9 @@ class FarGradientTap(KeyValueTap):
         if self.recording == (not self.recomputed):
             self._attention[call.layer_idx] = call
         if self.recording and output.requires_grad:
-            output.register_hook(lambda gradient: self._on_gradient(call.layer_idx, gradient))
+            # Of the call only its layer: a hook lives as long as the loss does.
+            layer_idx = call.layer_idx
+            output.register_hook(lambda gradient: self._on_gradient(layer_idx, gradient))
         return output, weights
 
     def start(self) -> None:

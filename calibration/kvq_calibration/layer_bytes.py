@@ -40,6 +40,8 @@ class LayerShape:
         cut: channels of a key that are kept a second time, where only a part goes through RoPE.
         norms: channels that go through a norm in one layer, each of which keeps its input in fp32.
         head_dim: D; softcap: whether scores of attention go through a tanh, which is kept.
+        sinks: whether scores are joined with a sink's; their softmax is not in fp32 then, and kept
+            with it and without it.
         kept: channels that the storages of one layer's keys and values have; more than 2 C where
             one projection makes queries, keys and values.
     """
@@ -56,6 +58,7 @@ class LayerShape:
     bias: int
     head_dim: int
     softcap: bool
+    sinks: bool
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> LayerShape:
@@ -102,6 +105,7 @@ class LayerShape:
             bias=through if any(name.endswith("up_proj_bias") for name in parameters) else 0,
             head_dim=D,
             softcap=bool(given.get("attn_logit_softcapping")),
+            sinks=any(name.endswith(".sinks") for name in parameters),
         )
 
     def forward_bytes(self, s: int, *, tokens: int, seq_len: int, eager: bool) -> int:
@@ -110,7 +114,8 @@ class LayerShape:
         All the while: embeddings, cosines and sines. On top of that the largest of: the norm
         (residual, and input, square, product in fp32, and the result); attention (residual; query,
         its two halves, key and value twice, output), to which an implementation that writes scores
-        down adds them, masked, and their softmax in fp32; the feed-forward (residual, input and
+        down adds them, masked, and their softmax in fp32 (with sinks: joined, without their
+        largest, and their softmax, in ``s``); the feed-forward (residual, input and
         output; gate and up, the activation, the product; scores that were written down are let go
         of behind it only); experts (their rows gathered, put out, weighted and put back in order,
         and where each row belongs, i64). Experts with biases clamp, too: five more of their
@@ -118,7 +123,8 @@ class LayerShape:
         """
         h, i, k = self.hidden, self.feed_forward, self.experts
         scores = self.query_heads * seq_len if eager else 0
-        written = scores * (2 * s + 6 if s < 4 else 2 * s)
+        copies = 3 * s if self.sinks else 2 * s + (6 if s < 4 else 0)
+        written = scores * copies
         indices = 64 * k
         moments = (
             s * 8 * h,
@@ -133,23 +139,26 @@ class LayerShape:
 
         Kept all the while: cosines and sines; the input of each norm in fp32; two residuals, and of
         attention its query, rotated key, value and output, and where scores are written down their
-        softmax, in fp32 and in ``s``, and the tanh of a soft-cap. On top of that the largest of:
-        the feed-forward (gate, up and activation, and their gradients); experts (the same, and rows
-        gathered and put out; or the gradients of these, on their way back into order; with biases
-        what they gather, clamp and multiply, too, seven widths); a norm's gradient, five numbers in
-        fp32; attention (gradients of all that it keeps).
+        softmax, in fp32 and in ``s`` (with sinks in ``s`` alone, twice), and the tanh of a
+        soft-cap. On top of that the largest of: the feed-forward (gate, up and activation, and
+        their gradients); experts (the same, and rows gathered and put out; or the gradients of
+        these, on their way back into order; with biases what they gather, clamp and multiply, too,
+        seven widths); a norm's gradient, five numbers in fp32; attention (gradients of all that it
+        keeps).
 
-        With ``far`` gradients (``far_gradients``) query and key before RoPE are kept, too, and
-        there is one more moment. Attention runs once more while gradients of its output and of the
-        residual are there: its rotated key and output, twice, and where scores are written down
-        what was kept of them. Then what was found at key and value, two pages' masked gradients,
-        the last page's and this one's gradients at key and value, and those of attention on the way
-        there, in query, key and value as wide as queries, and in scores.
+        For ``far`` gradients (``far_gradients``) query and key before RoPE are kept, too, and there
+        is one more moment, when gradients have come to the output of attention and the residual.
+        Attention has run once more: its rotated key, and its output, twice; of scores that are
+        written down the same as above, and two gradients. Of pages there are the gradients at key
+        and value that were found, the sum and the last page's, two masked gradients of the output,
+        and on the way to the next those of query, key and value, all as wide as queries, and of a
+        key before RoPE, three times.
         """
         h, i, k = self.hidden, self.feed_forward, self.experts
         scores = self.query_heads * seq_len if eager else 0
         copies = 5 if s == 4 else 6
-        both = 4 + (s if s < 4 else 0)
+        both = 2 * s if self.sinks else 4 + (s if s < 4 else 0)
+        backwards = 2 * s if self.sinks else 2 * 4
         in_fp32 = 4 * self.norms if s < 4 else 0
         kept = s * (2 * h + 2 * self.query + 2 * self.channels + 4 * self.head_dim) + in_fp32
         saved = scores * (both + (s if self.softcap else 0))
@@ -161,7 +170,7 @@ class LayerShape:
             s * (3 * i + 7 * self.bias + (copies * k + 6) * h) + indices if k else 0,
             5 * 4 * h,
             s * 2 * (self.query + self.channels) + scores * (4 + s),
-            once_more + scores * 8 if far else 0,
+            once_more + scores * backwards if far else 0,
         )
         return tokens * (kept + max(moments))
 

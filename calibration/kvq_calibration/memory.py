@@ -1,12 +1,16 @@
 """Peak memory of a calibration, counted before any weights are loaded.
 
 Two passes over the text, each with a few moments that can be the worst (``first_pass`` and
-``second_pass`` say which). Symbols as in ``layer_bytes``, ``N`` tokens a batch, ``L`` layers, ``V``
-vocabulary, ``s`` bytes of the model's type.
+``second_pass`` say which), and then the fitting, layer by layer (``third_pass``). Symbols as in
+``layer_bytes``, ``N`` tokens a batch, ``L`` layers, ``V`` vocabulary, ``s`` bytes of the model's
+type. Far gradients are those through queries of later pages (``far_gradients``); there are some
+where windows are longer than their sinks and a page.
 
-Counted are tensors. Left out is what a machine needs beside them: a CUDA context and the workspaces
+Counted are tensors, those that are always on the CPU (``histograms``, ``fitting``) as if they were
+on the device. Left out is what a machine needs beside them: a CUDA context and the workspaces
 of its libraries (0.5 to 1 GiB), what an allocator loses between blocks, a copy of one weight in 16
-bits while bitsandbytes computes with it or accelerate brings it to its device, the tokenised text.
+bits while bitsandbytes computes with it or accelerate brings it to its device, the tokenised text,
+and a few MiB that are of one size for any model, for k-means and steps of outliers.
 Where weights are spread (``auto``) all free memory is added up, and no device is looked at alone.
 """
 
@@ -48,16 +52,21 @@ class CalibrationMemory:
         weights: parameters and buffers.
         keys, keys_and_values: of a batch, all quantized layers, as the first and the second pass
             keep them.
-        gradients: of keys and values, while a batch goes back; 0 without sensitivity.
+        gradients: of keys and values, and far ones, while a batch goes back; 0 without
+            sensitivity.
         checkpoints: the input of every layer, kept for recomputing it; 0 without sensitivity.
         forward: one layer's forward.
-        recomputation: one layer's forward and backward; 0 without sensitivity.
-        logits: logits, their gradient and a chunk of rows in fp32; 0 without sensitivity.
+        recomputation: one layer's forward and backward, and its attention once more for far
+            gradients; 0 without sensitivity.
+        logits: logits, their gradient and a chunk of rows in fp32, and the mask that layers keep
+            for recomputing them; 0 without sensitivity.
         measuring: one layer's keys and values in fp32 with their weights, on the way into
             histograms.
         quantiles: tails of every key channel, first pass.
         sorting: one layer's keys in fp32 as they join the tails.
-        histograms: of all layers, second pass, and with sensitivity the moments of gradients.
+        histograms: of all layers, second pass, and with sensitivity the moments of gradients and
+            the tokens that are kept as they are.
+        fitting: of one layer, codebooks and shifts of numbers with feedback; 0 without.
         available: memory that is free on the device.
     """
 
@@ -199,17 +208,24 @@ def count_activations(
     - ``keys``, ``keys_and_values``: ``N * s`` times channels of a layer; where one projection makes
       queries, too, they keep all of its output. The first pass still has one layer's keys of the
       last batch, in fp32.
-    - ``gradients``: ``2 C N s`` a layer. A key of which a part is rotated is kept, and has its
-      gradient, in two pieces.
+    - ``gradients``: ``2 C N s`` a layer, and as much for far ones. A key of which a part is rotated
+      is kept, and has its gradient, in two pieces.
     - ``checkpoints``: ``h N s`` a layer, and the embeddings and their gradient.
     - ``logits``: ``V N s`` twice, three times with a soft-cap, whose tanh is kept; four fp32 copies
       of a chunk of rows; the last hidden state, in fp32 for its norm, and its gradient.
     - ``measuring``: fp32 keys, values, normalised, clamped, masked, counted, and their flags: 40
-      bytes a number; with sensitivity 24 more for squared gradients and weights. Histograms take
-      chunks in f64, moments a batch in f32 and f64.
+      bytes a number; with sensitivity 24 more for squared gradients and weights, and 8 for far
+      gradients. Histograms take chunks in f64, moments a batch in f32 and f64.
     - ``quantiles``, ``sorting``: two tails of ``held`` f32 numbers a channel; keys in the model's
       type and in f32 with what tells whether they are finite, then joined with a tail, and its
       values and i64 indices.
+    - ``histograms``: two moments f64 ``[H, D, D]`` a layer, four with far gradients; of a token in
+      the samples C numbers of the model's type and H in f32.
+    - ``fitting``: the pages of values for their shifts, when the codebook has been fitted. Of every
+      token in the sample, f32: it, twice, and decoded; of those that the codebook was fitted to,
+      f32 numbers, targets, weights and ranges, and flags. Of every token in whole pages, f32:
+      it, as a vector over heads, normalised, its residual and its steps; code and two flags; an
+      outlier's 2 bytes and its place, i64, twice, with a flag.
     """
     shape, s = LayerShape.of(model), model.dtype.itemsize
     given = text_config(model.config)
@@ -232,6 +248,7 @@ def count_activations(
     chunk = 4 * 4 * min(N, rows_a_chunk(V)) * V
     logits = N * (s * V * (3 if softcap else 2) + (2 * s + 4) * h + 2 * POSITIONS) + chunk
     moments = 8 * C * shape.head_dim if fisher else 0
+    # The samples of keys and of values; those of values are the larger ones.
     in_sample = {most: _sampled(total, most) for most in (CODEBOOK_TOKENS, MEAN_TOKENS)}
     samples = (s * C + 4 * C // shape.head_dim) * sum(in_sample.values()) if fisher else 0
     in_all = in_sample[MEAN_TOKENS]
@@ -247,12 +264,12 @@ def count_activations(
         "checkpoints": N * s * h * (every + 2) if fisher else 0,
         "forward": mask + shape.forward_bytes(s, **moment),
         "recomputation": mask + shape.backward_bytes(s, **moment, far=far) if fisher else 0,
-        "logits": logits if fisher else 0,
+        "logits": mask + logits if fisher else 0,
         "measuring": N * C * measured + 4 * 8 * min(N * C, CHUNK) + 2 * moments,
         "quantiles": layers * 2 * 4 * C * held,
         "sorting": N * C * (s + 10) + 4 * C * (held + -(-N // tails.stride)) + 12 * C * held,
         "histograms": layers * (2 * HISTOGRAM + (4 if far else 2) * moments + samples),
-        "fitting": copies + 4 * moments if config.feedback else 0,
+        "fitting": copies + 4 * moments if fisher and config.feedback else 0,
     }
 
 

@@ -168,8 +168,11 @@ def measure_points(
                 for batch in batches:
                     backward(model, tap, batch, scale)
                     for layer in thresholds:
-                        gradients = layer_gradients(tap, layer, scale)
-                        add(layer, gradients, far_gradients(tap, layer, scale))
+                        add(
+                            layer,
+                            layer_gradients(tap, layer, scale),
+                            far_gradients(tap, layer, scale),
+                        )
                     advance()
         else:
             for batch in batches:

@@ -21,7 +21,7 @@ from kvq_calibration.memory import (
     count_activations,
     plan_calibration_memory,
 )
-from kvq_calibration.pipeline import find_thresholds, measure_points
+from kvq_calibration.pipeline import find_thresholds, fit_layer, measure_points
 from kvq_formats.config import KVQConfig
 from kvq_formats.errors import ConfigError
 from kvq_formats.progress import SilentProgress
@@ -32,6 +32,8 @@ from tiny_models import make_tiny_family, make_tiny_llama
 
 MARGIN = 1.5
 SEQ_LEN = 96
+WITH_PAGES = 600
+"""Tokens of a window with queries beyond its first page, and beyond its second."""
 
 WIDE = {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 512}
@@ -59,16 +61,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def peaks(model: PreTrainedModel, config: KVQConfig, windows: Tensor, batch: int) -> list[int]:
-    """Peaks of both passes, bytes."""
-    layers, found = quantized_layers(model.config), []
+    """Peaks of both passes and of the fitting, bytes."""
+    layers = quantized_layers(model.config)
     options: dict[str, Any] = {"batch_size": batch, "progress": SilentProgress()}
     with evaluation_mode(model):
         with PeakBytes() as first:
             thresholds = find_thresholds(model, windows, config, layers, **options)[0]
         with PeakBytes() as second:
-            measure_points(model, windows, config, thresholds, **options)
-        found += [first.peak, second.peak]
-    return found
+            points = measure_points(model, windows, config, thresholds, **options)
+    held = second.live
+    with PeakBytes() as fitting:
+        fit_layer(points[layers[0]], thresholds[layers[0]], config)
+    return [first.peak, second.peak, held + fitting.peak]
 
 
 def planned(model: PreTrainedModel, config: KVQConfig, **sizes: int) -> CalibrationMemory:
@@ -99,22 +103,44 @@ def test_the_plan_bounds_what_is_measured(
     windows = torch.randint(3, 190, (2 * batch_size, SEQ_LEN))
     sizes = {"num_samples": len(windows), "seq_len": SEQ_LEN, "batch_size": batch_size}
     plan = planned(model, config, **sizes)
-    first, second = peaks(model, config, windows, batch_size)
+    first, second, _ = peaks(model, config, windows, batch_size)
     assert first <= plan.first_pass <= MARGIN * first
     assert second <= plan.second_pass <= MARGIN * second
 
 
 @pytest.mark.parametrize("sensitivity", ["fisher", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_that_are_written_down(dtype: torch.dtype, sensitivity: str) -> None:
+@pytest.mark.parametrize("seq_len", [256, WITH_PAGES])
+def test_scores_that_are_written_down(dtype: torch.dtype, seq_len: int, sensitivity: str) -> None:
     model = make_tiny_family("llama", **WIDE, intermediate_size=512).to(dtype)
     model.set_attn_implementation("eager")
     config = KVQConfig.create(key_bits=3, value_bits=3, sensitivity=sensitivity)
-    windows = torch.randint(3, 190, (2, 256))
-    plan = planned(model, config, num_samples=2, seq_len=256, batch_size=1)
-    first, second = peaks(model, config, windows, 1)
+    windows = torch.randint(3, 190, (2, seq_len))
+    plan = planned(model, config, num_samples=2, seq_len=seq_len, batch_size=1)
+    first, second, _ = peaks(model, config, windows, 1)
     assert first <= plan.first_pass <= MARGIN * first
     assert second <= plan.second_pass <= MARGIN * second
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch_size"), [(torch.float32, 1), (torch.bfloat16, 2)], ids=["f32-1", "bf16-2"]
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_windows_with_later_pages(
+    name: str, dtype: torch.dtype, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients through later pages' queries, and what one layer is fitted in."""
+    monkeypatch.setattr(token_loss, "CHUNK_NUMBERS", 2**13)
+    family, options = MODELS[name]
+    model = make_tiny_family(family, **options).to(dtype)
+    config = KVQConfig.create(key_bits=3, value_bits=3)
+    windows = torch.randint(3, 190, (2 * batch_size, WITH_PAGES))
+    sizes = {"num_samples": len(windows), "seq_len": WITH_PAGES, "batch_size": batch_size}
+    plan = planned(model, config, **sizes)
+    first, second, third = peaks(model, config, windows, batch_size)
+    assert first <= plan.first_pass <= MARGIN * first
+    assert second <= plan.second_pass <= MARGIN * second
+    assert third <= plan.third_pass <= MARGIN * third
 
 
 GIB = 2**30
@@ -139,9 +165,19 @@ def test_eight_billion_weights_on_24_gb(monkeypatch: pytest.MonkeyPatch) -> None
         for plan in (bf16, in_4_bits, light)
         for count in (plan.weights, plan.activations, plan.total)
     ]
-    assert found == [15.0, 2.0, 16.9, 5.6, 2.0, 7.6, 15.0, 0.6, 15.5]
+    assert found == [15.0, 3.3, 18.2, 5.6, 3.3, 8.9, 15.0, 0.6, 15.5]
     # 32 layers of 2,048 tokens, 1,024 channels of keys and as many of values, in bf16.
-    assert bf16.keys_and_values == bf16.gradients == 32 * 2048 * 2 * 1024 * 2
+    assert bf16.keys_and_values == 32 * 2048 * 2 * 1024 * 2
+    # As many gradients, and as many through queries of later pages.
+    assert bf16.gradients == 2 * bf16.keys_and_values
+    # Of 16 * 2,047 tokens every 8th key and every 2nd value, with f32 energies of 8 heads.
+    samples = 32 * (4094 + 16_376) * (1024 * 2 + 8 * 4)
+    moments = 32 * 4 * 8 * 128 * 128 * 8
+    assert bf16.histograms == light.histograms + samples + moments
+    # No far gradients, where there is no page after the first.
+    short = plan_8b(monkeypatch, seq_len=257)
+    assert short.gradients == short.keys_and_values
+    assert light.fitting == 0
     assert bf16.checkpoints == 34 * 2048 * 4096 * 2
     # Two tensors of 2,048 x 128,256 in bf16; 64 MiB of chunks and the last hidden state beside.
     assert bf16.logits == pytest.approx(2 * 2048 * 128_256 * 2, rel=0.15)
@@ -159,7 +195,7 @@ def test_more_of_everything_takes_more(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_json_and_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_8b(monkeypatch)
     found = plan.to_json()
-    assert plan.total == plan.weights + max(plan.first_pass, plan.second_pass)
+    assert plan.total == plan.weights + max(plan.first_pass, plan.second_pass, plan.third_pass)
     assert found["total_bytes"] == plan.total
     assert found["fits"] is True
     assert found["available_bytes"] == CARD

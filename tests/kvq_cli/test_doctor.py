@@ -47,7 +47,7 @@ def let_available(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the longest context that fits is found quickly."""
-    let_available(2**28, monkeypatch)
+    let_available(2**29, monkeypatch)
 
 
 @pytest.fixture
