@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvq_formats.feedback import Feedback
+from kvq_formats.feedback import Feedback, factorise
 
 DAMPING = 0.03
 """Of 0.01 to 0.3, tried on development text with two small models, it lost least, by little."""
@@ -17,8 +17,7 @@ DAMPING = 0.03
 FAR_SHARE = 0.5
 """Weight of gradients through later pages' queries, which are few, beside all of them.
 
-As a share of their sum. On development text 0.3 to 1 took a tenth off what decoding loses; more
-takes nothing further off and costs the evaluation rule more.
+As a share of their sum. What it is worth: "feedback by all gradients alike" in docs/accuracy.md.
 """
 
 
@@ -63,17 +62,11 @@ def fit_feedback(moment: Tensor) -> Feedback:
     return Feedback.fit(moment, damping=DAMPING)
 
 
-def target_weights(moment: Tensor, feedback: Feedback) -> Tensor:
+def target_weights(moment: Tensor) -> Tensor:
     """What a squared error of each channel's target costs, f64 ``[H, D]``.
 
-    ``S`` of ``kvq_formats.feedback``, by channel.
+    ``S`` of ``kvq_formats.feedback``, by channel, for the feedback that ``fit_feedback`` gives.
     """
-    order = feedback.order.to(moment.device)
-    rows = order[:, :, None].expand_as(moment)
-    ordered = moment.gather(1, rows).gather(2, rows.mT)
-    mean = ordered.diagonal(dim1=1, dim2=2).mean(dim=-1)
-    floor = torch.where(mean > 0, DAMPING * mean, 1.0)
-    ordered = ordered + torch.diag_embed(floor[:, None].expand_as(order))
-    factor = torch.linalg.cholesky(ordered.flip(1, 2)).flip(1, 2)
+    order, factor = factorise(moment, damping=DAMPING)
     pivots = factor.diagonal(dim1=1, dim2=2).square()
     return torch.empty_like(pivots).scatter_(1, order, pivots)

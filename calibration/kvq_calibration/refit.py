@@ -8,7 +8,9 @@ back by a shift: attention to many tokens adds up what their errors have in comm
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,12 +26,13 @@ from kvq_formats.feedback import shape_errors
 from kvq_formats.pages import value_thresholds
 from kvq_formats.parameters import KeyParameters, ValueParameters
 
+P = TypeVar("P", KeyParameters, ValueParameters)
+
 CODEBOOK_TOKENS = 4096
 """Tokens that a codebook is fitted to, at most."""
 
 MEAN_TOKENS = 16384
-"""Tokens that means of errors are taken over, at most: from a quarter of them shifts of the small
-models' three widths gave away half of what they gain."""
+"""Tokens that means of errors are taken over, at most. A mean needs more than a codebook does."""
 
 ROUNDS = 2
 """Fits of a codebook to its own targets, and of a shift to the errors that it leaves."""
@@ -46,28 +49,18 @@ def refit_keys(
         moment: of gradients at the normalised keys, f64 ``[H, D, D]``.
         config: width, solver, Q-Norm and outliers.
     """
-    assert parameters.feedback is not None
     keys = sample.numbers
     D = keys.shape[-1]
-    z = (keys - parameters.center) / parameters.half_range
-    weights = target_weights(moment, parameters.feedback).float() * sample.energy[:, :, None]
-    # Without room for outliers all targets are rounded.
-    stored = None if outliers.key_pool_capacity(config, D) else torch.zeros((), dtype=torch.bool)
-    for _ in range(ROUNDS):
-        targets = shape_errors(
-            _by_head(z), parameters.codebook, parameters.feedback, is_outlier=stored
-        )
-        z_targets = _by_token(targets)
-        codebook, step = _fit(
-            z_targets,
-            z_targets.abs() > 1,
-            weights,
-            config.key_bits,
-            config,
-            index_bits=outliers.channel_bits(D),
-        )
-        parameters = replace(parameters, codebook=codebook, outlier_step=step)
-    return parameters
+    return _with_codebook_of_targets(
+        parameters,
+        z=(keys - parameters.center) / parameters.half_range,
+        weights=target_weights(moment).float() * sample.energy[:, :, None],
+        # Without room for outliers all targets are rounded.
+        stored=None if outliers.key_pool_capacity(config, D) else torch.zeros((), dtype=torch.bool),
+        is_outlier=None,
+        fit=lambda points: points.fit(config.key_bits, config),
+        index_bits=outliers.channel_bits(D),
+    )
 
 
 def refit_values(
@@ -77,51 +70,54 @@ def refit_values(
 
     As ``refit_keys``; ``moment`` is that of gradients at the values as they are.
     """
-    assert parameters.feedback is not None
-    stride = -(-len(sample.numbers) // CODEBOOK_TOKENS)
-    values, energy = sample.numbers[::stride], sample.energy[::stride]
+    numbers = sample.numbers
+    stride = -(-len(numbers) // CODEBOOK_TOKENS)
+    values, energy = numbers[::stride], sample.energy[::stride]
     tokens, H, D = values.shape
     vectors = values.reshape(tokens, 1, H * D) if config.value_grain == "token" else values
     per_side = outliers.value_outliers_per_side(config, H, D)
-    half, middle, is_outlier = value_thresholds(vectors, outliers_per_side=per_side)
-    z = ((vectors - middle.float()) / half.float()).reshape(tokens, H, D)
-    is_outlier = is_outlier.reshape(tokens, H, D)
+    half, middle, outside = value_thresholds(vectors, outliers_per_side=per_side)
+    is_outlier = outside.reshape(tokens, H, D)
     scale = half.float().expand_as(vectors).reshape(tokens, H, D)
-    weights = target_weights(moment, parameters.feedback).float() * scale.square()
-    weights = weights * energy[:, :, None]
-    for _ in range(ROUNDS):
-        targets = shape_errors(
-            _by_head(z),
-            parameters.codebook,
-            parameters.feedback,
-            is_outlier=_by_head(is_outlier),
-        )
-        codebook, step = _fit(
-            _by_token(targets),
-            is_outlier,
-            weights,
-            config.value_bits,
-            config,
-            index_bits=outliers.TOKEN_BITS,
-        )
-        parameters = replace(parameters, codebook=codebook, outlier_step=step)
-    return _shifted(parameters, sample.numbers.transpose(0, 1), scale.mean(dim=0), config)
+    fitted = _with_codebook_of_targets(
+        parameters,
+        z=((vectors - middle.float()) / half.float()).reshape(tokens, H, D),
+        weights=target_weights(moment).float() * scale.square() * energy[:, :, None],
+        stored=_by_head(is_outlier),
+        is_outlier=is_outlier,
+        fit=lambda points: points.fit(config.value_bits, config),
+        index_bits=outliers.TOKEN_BITS,
+    )
+    return _shifted(fitted, numbers.transpose(0, 1), scale.mean(dim=0), config)
 
 
-def _fit(
-    targets: Tensor,
-    is_outlier: Tensor,
-    weights: Tensor,
-    bits: int,
-    config: KVQConfig,
+def _with_codebook_of_targets(
+    parameters: P,
     *,
+    z: Tensor,
+    weights: Tensor,
+    stored: Tensor | None,
+    is_outlier: Tensor | None,
+    fit: Callable[[NormalisedPoints], Codebook],
     index_bits: int,
-) -> tuple[Codebook, float]:
-    """Codebook and outlier step of targets, all ``[T, H, D]``."""
-    points = NormalisedPoints()
-    points.add(targets, is_outlier, weights)
-    codebook = points.fit(bits, config)
-    return codebook, fit_outlier_step(points.outliers, codebook, index_bits=index_bits)
+) -> P:
+    """``parameters`` with another codebook and outlier step.
+
+    ``z``, ``weights`` and ``is_outlier`` are ``[T, H, D]``, ``stored`` is what ``shape_errors``
+    takes; without ``is_outlier`` targets beyond [-1, 1] are outliers.
+    """
+    assert parameters.feedback is not None
+    for _ in range(ROUNDS):
+        shaped = shape_errors(
+            _by_head(z), parameters.codebook, parameters.feedback, is_outlier=stored
+        )
+        targets = shaped[0].transpose(0, 1).contiguous()
+        points = NormalisedPoints()
+        points.add(targets, targets.abs() > 1 if is_outlier is None else is_outlier, weights)
+        codebook = fit(points)
+        step = fit_outlier_step(points.outliers, codebook, index_bits=index_bits)
+        parameters = replace(parameters, codebook=codebook, outlier_step=step)
+    return parameters
 
 
 def _shifted(
@@ -144,8 +140,3 @@ def _shifted(
 def _by_head(x: Tensor) -> Tensor:
     """``[T, H, D]`` -> ``[1, H, T, D]``, as pages have it."""
     return x.transpose(0, 1)[None]
-
-
-def _by_token(x: Tensor) -> Tensor:
-    """The way back, contiguous."""
-    return x[0].transpose(0, 1).contiguous()

@@ -62,15 +62,7 @@ class Feedback:
         Channels whose errors weigh most come first, so that the rest can make them good. A head
         that the loss does not reach passes no error on.
         """
-        diagonal = moment.diagonal(dim1=1, dim2=2)
-        order = diagonal.argsort(dim=-1, descending=True, stable=True)
-        index = order[:, :, None].expand_as(moment)
-        ordered = moment.gather(1, index).gather(2, index.mT)
-        mean = diagonal.mean(dim=-1)
-        floor = torch.where(mean > 0, damping * mean, 1.0)
-        ordered = ordered + floor[:, None, None] * torch.eye(moment.shape[1], dtype=moment.dtype)
-        # M = U U^T with U upper triangular is the Cholesky factor of M turned end for end.
-        factor = torch.linalg.cholesky(ordered.flip(1, 2)).flip(1, 2)
+        order, factor = factorise(moment, damping=damping)
         gains = factor / factor.diagonal(dim1=1, dim2=2)[:, None, :]
         row, column = torch.triu_indices(moment.shape[1], moment.shape[1], offset=1)
         packed = gains[:, row, column].clamp(-LARGEST_GAIN, LARGEST_GAIN)
@@ -97,6 +89,19 @@ class Feedback:
         places[channels] = torch.arange(len(channels), device=channels.device)
         order = places.to(self.order.device)[self.order]
         return replace(self, order=order, shift=self.shift[:, channels.to(self.shift.device)])
+
+
+def factorise(moment: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:
+    """The order of ``Feedback.fit``, and ``U = (I + G) S^(1/2)`` in it: f64 ``[H, D, D]``."""
+    diagonal = moment.diagonal(dim1=1, dim2=2)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    index = order[:, :, None].expand_as(moment)
+    ordered = moment.gather(1, index).gather(2, index.mT)
+    mean = diagonal.mean(dim=-1)
+    floor = torch.where(mean > 0, damping * mean, 1.0)
+    ordered = ordered + floor[:, None, None] * torch.eye(moment.shape[1], dtype=moment.dtype)
+    # M = U U^T with U upper triangular is the Cholesky factor of M turned end for end.
+    return order, torch.linalg.cholesky(ordered.flip(1, 2)).flip(1, 2)
 
 
 def shape_errors(

@@ -135,7 +135,7 @@ def test_targets_weigh_what_the_moment_says_of_their_errors() -> None:
     total = moments_of(random_gradients(300, 2, 6)).total
     assert total is not None
     feedback = fit_feedback(total)
-    weights = target_weights(total, feedback)
+    weights = target_weights(total)
     damped = total + torch.diag_embed(
         DAMPING * total.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).expand(2, 6)
     )
