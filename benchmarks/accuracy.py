@@ -34,7 +34,7 @@ def measure(name: str, *, dataset: str, windows: int, decoded: int) -> list[dict
     """Rows of one model."""
     from accuracy_caches import GARBAGE, STEPPED, TOKEN_BY_TOKEN
     from accuracy_garbage import garbage
-    from accuracy_one_forward import OneForward
+    from accuracy_one_forward import as_codecs
     from results_csv import PlainProgress, provenance
 
     from kvq_calibration.data import load_text, token_windows
@@ -58,8 +58,9 @@ def measure(name: str, *, dataset: str, windows: int, decoded: int) -> list[dict
         sidecars[GARBAGE] = garbage(first)
         for path, used in (("prefill", windows), ("decode", decoded)):
             # In one forward on both paths, ours and the others; token by token is checked below.
-            as_codecs = {one: OneForward(made) for one, made in sidecars.items()}
-            rows += evaluate(cut.input_ids[:used], {}, {**as_codecs, **baselines}, path=path)
+            rows += evaluate(
+                cut.input_ids[:used], {}, {**as_codecs(sidecars), **baselines}, path=path
+            )
         stepped = {f"{STEPPED} @ 0": sidecars[f"{STEPPED} @ 0"]}
         rows += evaluate(cut.input_ids[:1], stepped, {}, path="decode")[1:]
         flat = [{**origin, **_plain(row), **_paper_bits(row, baselines, first)} for row in rows]

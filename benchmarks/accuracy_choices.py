@@ -66,7 +66,7 @@ PATHS = ("prefill", "decode")
 
 def measure(name: str) -> list[dict[str, Any]]:
     """Rows of one model."""
-    from accuracy_one_forward import OneForward
+    from accuracy_one_forward import as_codecs
     from results_csv import PlainProgress, provenance
     from shared_measurement import calibrate_all
 
@@ -103,10 +103,10 @@ def measure(name: str) -> list[dict[str, Any]]:
             evaluate_caches, loaded.model, windows.input_ids, {}, dataset=windows.name,
             windows_available=windows.windows_total, path=PATHS, progress=progress,
         )  # fmt: skip
-        rows = evaluate({name: OneForward(made) for name, made in sidecars.items()})[1:]
+        rows = evaluate(as_codecs(sidecars))[1:]
         with _rotated_values(loaded.model):
             rotated = {f"{ROTATED} {k}": made for k, made in calibrate(plain).items()}
-            rows += evaluate({name: OneForward(made) for name, made in rotated.items()})[1:]
+            rows += evaluate(as_codecs(rotated))[1:]
         origin = provenance(loaded.model, name=name, seq_len=SEQ_LEN)
     found = []
     by_name = {(row.name, row.path): row for row in rows}
@@ -168,17 +168,16 @@ def _sequential(sidecar: Sidecar) -> Iterator[None]:
         attend = call.attend
         return replace(call, attend=lambda q, k, v: attend(q, k + key_error, v + value_error))
 
-    class Tap(KeyValueTap):
-        def on_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-            return super().on_attention(quantized(call))
+    def seeing(kind: Any) -> Any:
+        class Tap(kind):  # type: ignore[misc]
+            def on_attention(self, call: AttentionCall) -> Any:
+                return super().on_attention(quantized(call))
 
-    class FarTap(FarGradientTap):
-        def on_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-            return super().on_attention(quantized(call))
+        return Tap
 
     with (
-        patch("kvq_calibration.pipeline.KeyValueTap", Tap),
-        patch("kvq_calibration.pipeline.FarGradientTap", FarTap),
+        patch("kvq_calibration.pipeline.KeyValueTap", seeing(KeyValueTap)),
+        patch("kvq_calibration.pipeline.FarGradientTap", seeing(FarGradientTap)),
     ):
         yield
 

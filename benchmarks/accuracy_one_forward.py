@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kvq_evaluation.caches import sidecar_bits
+from kvq_formats.sidecar import Sidecar
 from kvq_runtime.sidecar_codec import SidecarCodec
 
 
@@ -18,3 +21,8 @@ class OneForward(SidecarCodec):
         shape = self.sidecar.base_model.fingerprint
         assert (shape.num_kv_heads, shape.head_dim) == (num_kv_heads, head_dim)
         return sidecar_bits(self.sidecar, tokens=tokens)[0]
+
+
+def as_codecs(sidecars: Mapping[str, Sidecar]) -> dict[str, OneForward]:
+    """Each of them, by its name."""
+    return {name: OneForward(sidecar) for name, sidecar in sidecars.items()}

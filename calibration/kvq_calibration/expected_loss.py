@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvq_calibration.allocation import WIDTHS, Kind
+from kvq_calibration.allocation import WIDTHS, Kind, Losses
 from kvq_calibration.far_gradients import FarGradientTap
 from kvq_calibration.sensitivity import (
     LossScale,
@@ -33,8 +33,8 @@ from kvq_runtime.rope import tap_attention
 MOST_TOKENS = 8192
 """Tokens that losses are measured on, in whole windows; more hardly move an allocation."""
 
-Losses = dict[tuple[int, Kind], dict[int, float]]
-"""(layer_idx, what) -> width -> loss."""
+Sums = dict[tuple[int, Kind], dict[int, float]]
+"""``Losses`` that are being added up."""
 
 ByWidth = Mapping[int, Mapping[int, LayerParameters]]
 """width -> layer_idx -> parameters, keys and values both of that width."""
@@ -63,11 +63,7 @@ def expected_losses(
     used = windows[: max(1, MOST_TOKENS // windows.shape[1])]
     whole, far = _no_losses(layers), _no_losses(layers)
     scale = LossScale(model.dtype)
-    tap = FarGradientTap(
-        layers=layers,
-        recomputed=model.supports_gradient_checkpointing,
-        sink_tokens=config.sink_tokens,
-    )
+    tap = FarGradientTap.of(model, layers, sink_tokens=config.sink_tokens)
     with (
         tap_attention(model, tap),
         progress.stage("widths", len(used)) as advance,
@@ -104,7 +100,7 @@ def expected_losses(
     }
 
 
-def _no_losses(layers: tuple[int, ...]) -> Losses:
+def _no_losses(layers: tuple[int, ...]) -> Sums:
     return {
         (layer, kind): dict.fromkeys(WIDTHS, 0.0) for layer in layers for kind in ("key", "value")
     }

@@ -9,10 +9,13 @@ gradient of the attention's output to later rows leaves what comes through them.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kvq_calibration.capture import KeyValueTap
 from kvq_formats.config import PAGE_TOKENS
@@ -42,6 +45,12 @@ class FarGradientTap(KeyValueTap):
     sink_tokens: int = 1
     far: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _attention: dict[int, AttentionCall] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, layers: Collection[int], *, sink_tokens: int) -> Self:
+        """For these layers of ``model``, under ``sensitivity.activation_gradients``."""
+        recomputed = bool(model.supports_gradient_checkpointing)
+        return cls(layers=layers, recomputed=recomputed, sink_tokens=sink_tokens)
 
     def on_attention(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Attend as the model does, and wait for the gradient of what comes out."""

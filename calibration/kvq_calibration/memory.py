@@ -28,6 +28,7 @@ from kvq_calibration.refit import CODEBOOK_TOKENS, MEAN_TOKENS
 from kvq_calibration.residuals import BINS
 from kvq_calibration.thresholds import ChannelQuantiles
 from kvq_calibration.token_loss import rows_a_chunk
+from kvq_calibration.token_sample import stride_of
 from kvq_formats.config import PAGE_TOKENS, KVQConfig
 from kvq_runtime.available_memory import available_bytes
 from kvq_runtime.models import target_device
@@ -275,4 +276,4 @@ def count_activations(
 
 def _sampled(tokens: int, at_most: int) -> int:
     """Tokens that a ``TokenSample`` keeps of so many."""
-    return -(-tokens // -(-tokens // at_most))
+    return -(-tokens // stride_of(tokens, at_most=at_most))

@@ -137,11 +137,7 @@ def measure_points(
     """Second pass: histograms of normalised keys and values by layer, weighted by sensitivity."""
     total = windows.shape[0] * (windows.shape[1] - config.sink_tokens)
     points = {layer: LayerPoints.of(total, model.dtype) for layer in thresholds}
-    tap = FarGradientTap(
-        layers=tuple(thresholds),
-        recomputed=model.supports_gradient_checkpointing,
-        sink_tokens=config.sink_tokens,
-    )
+    tap = FarGradientTap.of(model, tuple(thresholds), sink_tokens=config.sink_tokens)
     batches = windows.split(batch_size)
     weighted = config.sensitivity == "fisher"
 

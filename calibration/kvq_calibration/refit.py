@@ -18,7 +18,7 @@ from torch import Tensor
 from kvq_calibration.moments import target_weights
 from kvq_calibration.points import NormalisedPoints
 from kvq_calibration.residuals import fit_outlier_step
-from kvq_calibration.token_sample import TokenSample
+from kvq_calibration.token_sample import TokenSample, stride_of
 from kvq_formats import outliers, pages
 from kvq_formats.codebook import Codebook
 from kvq_formats.config import KVQConfig
@@ -71,7 +71,7 @@ def refit_values(
     As ``refit_keys``; ``moment`` is that of gradients at the values as they are.
     """
     numbers = sample.numbers
-    stride = -(-len(numbers) // CODEBOOK_TOKENS)
+    stride = stride_of(len(numbers), at_most=CODEBOOK_TOKENS)
     values, energy = numbers[::stride], sample.energy[::stride]
     tokens, H, D = values.shape
     vectors = values.reshape(tokens, 1, H * D) if config.value_grain == "token" else values

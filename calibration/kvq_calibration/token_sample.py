@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def stride_of(tokens: int, *, at_most: int) -> int:
+    """The least stride at which no more than ``at_most`` of so many tokens are kept."""
+    return max(1, -(-tokens // at_most))
+
+
 @dataclass
 class TokenSample:
     """Every ``stride``-th token's keys, or values, of one layer, with what gradients there weigh.
@@ -26,7 +31,7 @@ class TokenSample:
     @classmethod
     def of(cls, tokens: int, *, at_most: int, dtype: torch.dtype) -> Self:
         """Of ``tokens`` in all, evenly."""
-        return cls(max(1, -(-tokens // at_most)), dtype)
+        return cls(stride_of(tokens, at_most=at_most), dtype)
 
     def add(self, numbers: Tensor, gradients: Tensor) -> None:
         """Take in a batch; both f32 ``[tokens, H, D]``."""

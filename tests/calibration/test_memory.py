@@ -83,6 +83,19 @@ def planned(model: PreTrainedModel, config: KVQConfig, **sizes: int) -> Calibrat
     )  # fmt: skip
 
 
+def assert_bounded(
+    model: PreTrainedModel, config: KVQConfig, windows: Tensor, batch_size: int
+) -> tuple[CalibrationMemory, int]:
+    """The plan bounds both passes; it, and the peak of the fitting."""
+    num_samples, seq_len = windows.shape
+    sizes = {"num_samples": num_samples, "seq_len": seq_len, "batch_size": batch_size}
+    plan = planned(model, config, **sizes)
+    first, second, third = peaks(model, config, windows, batch_size)
+    assert first <= plan.first_pass <= MARGIN * first
+    assert second <= plan.second_pass <= MARGIN * second
+    return plan, third
+
+
 @pytest.mark.parametrize("sensitivity", ["fisher", "none"])
 @pytest.mark.parametrize(
     ("dtype", "batch_size"), [(torch.float32, 1), (torch.bfloat16, 3)], ids=["f32-1", "bf16-3"]
@@ -101,11 +114,7 @@ def test_the_plan_bounds_what_is_measured(
     model = make_tiny_family(family, **options).to(dtype)
     config = KVQConfig.create(key_bits=3, value_bits=3, sensitivity=sensitivity)
     windows = torch.randint(3, 190, (2 * batch_size, SEQ_LEN))
-    sizes = {"num_samples": len(windows), "seq_len": SEQ_LEN, "batch_size": batch_size}
-    plan = planned(model, config, **sizes)
-    first, second, _ = peaks(model, config, windows, batch_size)
-    assert first <= plan.first_pass <= MARGIN * first
-    assert second <= plan.second_pass <= MARGIN * second
+    assert_bounded(model, config, windows, batch_size)
 
 
 @pytest.mark.parametrize("sensitivity", ["fisher", "none"])
@@ -116,10 +125,7 @@ def test_scores_that_are_written_down(dtype: torch.dtype, seq_len: int, sensitiv
     model.set_attn_implementation("eager")
     config = KVQConfig.create(key_bits=3, value_bits=3, sensitivity=sensitivity)
     windows = torch.randint(3, 190, (2, seq_len))
-    plan = planned(model, config, num_samples=2, seq_len=seq_len, batch_size=1)
-    first, second, _ = peaks(model, config, windows, 1)
-    assert first <= plan.first_pass <= MARGIN * first
-    assert second <= plan.second_pass <= MARGIN * second
+    assert_bounded(model, config, windows, 1)
 
 
 @pytest.mark.parametrize(
@@ -135,11 +141,7 @@ def test_windows_with_later_pages(
     model = make_tiny_family(family, **options).to(dtype)
     config = KVQConfig.create(key_bits=3, value_bits=3)
     windows = torch.randint(3, 190, (2 * batch_size, WITH_PAGES))
-    sizes = {"num_samples": len(windows), "seq_len": WITH_PAGES, "batch_size": batch_size}
-    plan = planned(model, config, **sizes)
-    first, second, third = peaks(model, config, windows, batch_size)
-    assert first <= plan.first_pass <= MARGIN * first
-    assert second <= plan.second_pass <= MARGIN * second
+    plan, third = assert_bounded(model, config, windows, batch_size)
     assert third <= plan.third_pass <= MARGIN * third
 
 
